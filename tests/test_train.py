@@ -1,0 +1,259 @@
+"DRaFT+ on the embedded model: gradients, what moves, what is kept, what is refused."
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from draft_nb.models import load
+from draft_nb.rewards import Reward
+from draft_nb.sampler import sample
+from draft_nb.train import DRaFTConfig, check_run, deal, draft_loss, evaluate, fit, newest_checkpoint, read_history, resolve
+
+PROMPTS = ["an emoji of a fox", "an emoji of a rose", "an emoji of a pizza", "a ghost"]
+
+
+def colour(images, prompts):
+    r, g, b = (images * 2 - 1).unbind(1)
+    return ((r - g).flatten(1).var(1) + ((r + g) / 2 - b).flatten(1).var(1) + 1e-6).sqrt()
+
+
+REWARD = Reward("colour", colour)
+FAST = dict(num_inference_steps=4, batch_size=2, sample_prompts=PROMPTS[:2], sample_seeds=2, log_with=None, lr_warmup_steps=0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def moved(model, std=.02):
+    for k, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, std=std, generator=generator(k))
+    return model
+
+
+def config(tmp_path, **options):
+    return DRaFTConfig(**{**FAST, "output_dir": str(tmp_path / "run"), "max_steps": 3, **options})
+
+
+def loss_and_gradient(model, seed=0, **options):
+    options = dict(num_inference_steps=4, **options)
+    loss, parts = draft_loss(model, REWARD, PROMPTS[:2], generator=generator(seed), **options)
+    grads = torch.autograd.grad(loss, model.parameters(), materialize_grads=True)
+    return loss.item(), torch.cat([g.flatten() for g in grads]), parts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return moved(load("tiny", rank=4))
+
+
+def test_the_forward_pass_is_the_same_for_every_k(model):
+    results = [loss_and_gradient(model, grad_steps=k, kl_coeff=0.) for k in (1, 2, 4)]
+    assert len({r[0] for r in results}) == 1
+    assert not torch.allclose(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_gradient_equals_autograd_through_the_stock_pipeline(k):
+    "K = T: the whole of the stock pipeline's undecorated call carries gradient."
+    model = moved(load("tiny", rank=4))
+    steps = k
+    x = model.latents(2, generator=generator())
+    images = type(model.pipe).__call__.__wrapped__(model.pipe, PROMPTS[:2], latents=x, num_inference_steps=steps, guidance_scale=3., output_type="latent").images
+    theirs = torch.autograd.grad(-REWARD(model.decode(images), PROMPTS[:2]).mean(), model.parameters())
+    loss, _ = draft_loss(model, REWARD, PROMPTS[:2], generator=generator(), num_inference_steps=steps, guidance_scale=3., grad_steps=k, kl_coeff=0.)
+    mine = torch.autograd.grad(loss, model.parameters())
+    scale = max(g.abs().max() for g in theirs)
+    assert all((a - b).abs().max() <= 1e-4 * scale for a, b in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("kl_on", ["guided", "conditional"])
+def test_checkpointing_changes_no_gradient(kl_on):
+    model = moved(load("tiny", rank=4))
+    _, plain, _ = loss_and_gradient(model, grad_steps=2, kl_coeff=1., kl_on=kl_on)
+    model.network.enable_gradient_checkpointing()
+    _, again, _ = loss_and_gradient(model, grad_steps=2, kl_coeff=1., kl_on=kl_on)
+    assert torch.allclose(plain, again, atol=1e-5 * plain.abs().max())
+
+
+def test_kl_coeff_0_runs_no_base_pass(model):
+    from draft_nb import models
+    asked = []
+    original = models.base_of
+    models.base_of = lambda *a: (asked.append(1), original(*a))[1]
+    try:
+        loss_and_gradient(model, kl_coeff=0.)
+        assert not asked
+        loss_and_gradient(model, kl_coeff=.1, grad_steps=2)
+        assert len(asked) == 2
+    finally:
+        models.base_of = original
+
+
+def test_the_loss_is_its_parts(model):
+    loss, _, parts = loss_and_gradient(model, kl_coeff=.7, grad_steps=2)
+    assert loss == pytest.approx(.7 * parts["kl"].item() - parts["reward"].mean().item(), rel=1e-5)
+    assert parts["kl"] > 0
+    assert loss_and_gradient(load("tiny", rank=4), kl_coeff=.7)[2]["kl"] == 0
+
+
+def test_kl_alone_pulls_back_to_the_base():
+    model = moved(load("tiny", rank=4), std=.05)
+    flat = Reward("flat", lambda images, prompts: images.mean((1, 2, 3)) * 0)
+    optimizer, kls = torch.optim.Adam(model.parameters(), 3e-3), []
+    for _ in range(6):
+        loss, parts = draft_loss(model, flat, PROMPTS[:2], generator=generator(), num_inference_steps=4, kl_coeff=1.)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        kls.append(parts["kl"].item())
+    assert kls[-1] < .5 * kls[0]
+
+
+def saved_bytes(model, steps):
+    total = []
+    def pack(t):
+        total.append(t.numel() * t.element_size())
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        draft_loss(model, REWARD, PROMPTS[:2], generator=generator(), num_inference_steps=steps, grad_steps=1, kl_coeff=.1)
+    return sum(total)
+
+
+def test_the_prefix_holds_no_graph(model):
+    assert saved_bytes(model, 2) == saved_bytes(model, 9)
+
+
+def test_a_run_moves_the_lora_not_the_base_and_raises_the_reward(tmp_path):
+    model = load("tiny", rank=4)
+    start = {n: p.detach().clone() for n, p in model.pipe.unet.named_parameters()}
+    run = fit(model, REWARD, PROMPTS, config(tmp_path, max_steps=20, learning_rate=3e-3, kl_coeff=.01, sample_every=20), progress=False)
+    for n, p in model.pipe.unet.named_parameters():
+        assert torch.equal(p, start[n]) != ("lora" in n), n
+    assert run.after["reward"] > run.before["reward"] * 1.05
+    assert run.history.reward[-5:].mean() > run.history.reward[:5].mean()
+    assert (run.history.kl >= 0).all() and run.history.kl.iloc[-1] > 0
+    folder = run.folder
+    for name in ("config.yaml", "history.csv", "README.md", "curves.png", "before_after.png", "pytorch_lora_weights.safetensors", "samples/step_000020.png"):
+        assert (folder / name).stat().st_size > 100, name
+    again = load("tiny", adapter=folder)
+    assert torch.equal(sample(again, PROMPTS, steps=4).images, sample(model, PROMPTS, steps=4).images)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 3e-3
+    assert read_history(folder)[-1]["eval_reward"] == pytest.approx(run.after["reward"])
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_leaves_the_global_random_numbers(tmp_path):
+    weights = []
+    for k, seed in enumerate((0, 0, 1)):
+        model = load("tiny", rank=2)
+        state = torch.random.get_rng_state()
+        fit(model, REWARD, PROMPTS, config(tmp_path / str(k), seed=seed), progress=False)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1]))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2]))
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": .5}, {"eta": 1., "gradient_accumulation_steps": 2}])
+def test_resume_is_exact(tmp_path, options):
+    whole, parts = load("tiny", rank=2), load("tiny", rank=2)
+    fit(whole, REWARD, PROMPTS, config(tmp_path / "a", max_steps=4, checkpoint_every=2, **options), progress=False)
+    fit(parts, REWARD, PROMPTS, config(tmp_path / "b", max_steps=2, checkpoint_every=2, **options), progress=False)
+    fresh = load("tiny", rank=2)
+    run = fit(fresh, REWARD, PROMPTS, config(tmp_path / "b", max_steps=4, checkpoint_every=2, resume=True, **options), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), fresh.parameters()))
+    assert [r["step"] for r in run.rows] == [1, 2, 3, 4]
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+    fit(load("tiny", rank=2), REWARD, PROMPTS, config(tmp_path, max_steps=1), progress=False)
+    with pytest.raises(ValueError, match="learning_rate: 0.001 -> 0.5"):
+        fit(load("tiny", rank=2), REWARD, PROMPTS, config(tmp_path, max_steps=2, learning_rate=.5, resume=True), progress=False)
+    with pytest.raises(ValueError, match="output_dir must be new"):
+        fit(load("tiny", rank=2), REWARD, PROMPTS, config(tmp_path), progress=False)
+
+
+def test_a_killed_run_leaves_whole_files(tmp_path):
+    code = f"""
+import os, draft_nb.train as t
+from test_train import *
+old = t.save_checkpoint
+def die(folder, state, keep):
+    old(folder, state, keep)
+    if state["step"] == 2:
+        (folder/"checkpoints"/"step_000003.pt").write_bytes(b"cut short")
+        os.kill(os.getpid(), 9)
+t.save_checkpoint = die
+fit(load("tiny", rank=2), REWARD, PROMPTS, DRaFTConfig(**FAST, output_dir={str(tmp_path / "run")!r}, max_steps=4, checkpoint_every=1), progress=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd="tests", capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()
+    assert newest_checkpoint(tmp_path / "run", "cpu")["step"] == 2
+    killed, whole = load("tiny", rank=2), load("tiny", rank=2)
+    fit(killed, REWARD, PROMPTS, config(tmp_path, max_steps=4, checkpoint_every=1, resume=True), progress=False)
+    fit(whole, REWARD, PROMPTS, config(tmp_path / "whole", max_steps=4, checkpoint_every=1), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), killed.parameters()))
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path):
+    calls = []
+    def sometimes(images, prompts):
+        calls.append(1)
+        bad = torch.is_grad_enabled() and images.requires_grad and len(images) == 2
+        return colour(images, prompts) * (float("nan") if bad else 1)
+    model = load("tiny", rank=2)
+    start = [p.detach().clone() for p in model.parameters()]
+    run = fit(model, Reward("sometimes", sometimes), PROMPTS, config(tmp_path, max_steps=3), progress=False)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
+    assert [r["skipped"] for r in run.rows] == [1, 2, 3]
+    with pytest.raises(RuntimeError, match="ten steps in a row"):
+        fit(load("tiny", rank=2), Reward("sometimes", sometimes), PROMPTS, config(tmp_path / "b", max_steps=12), progress=False)
+
+
+def test_every_prompt_once_an_epoch():
+    deck = [str(k) for k in range(10)]
+    dealt = sum((deal(deck, n, 3, seed=4) for n in range(10)), [])
+    assert all(sorted(dealt[k:k + 10]) == sorted(deck) for k in (0, 10, 20))
+
+
+def test_evaluation_pairs_the_noise(model):
+    base, images, _ = evaluate(model, REWARD, PROMPTS[:2], weight="base", seeds=2, steps=3)
+    bare, again, _ = evaluate(load("tiny", adapter=None), REWARD, PROMPTS[:2], weight="draft", seeds=2, steps=3, chunk=3)
+    assert torch.allclose(images, again, atol=1e-4) and base["reward"] == pytest.approx(bare["reward"], rel=1e-3)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"grad_steps": 0}, "grad_steps must be at least 1; got 0"),
+    ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+    ({"learning_rate": 0}, "learning_rate must be greater than 0; got 0"),
+    ({"kl_coeff": -1}, "kl_coeff must be at least 0; got -1"),
+    ({"kl_on": "all"}, "kl_on must be one of guided, conditional; got 'all'"),
+    ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit"),
+    ({"ema_decay": 1}, r"ema_decay must be in \[0,1\); got 1"),
+    ({"eta": 2}, r"eta must be in \[0,1\]; got 2"),
+])
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message):
+        DRaFTConfig(**options)
+
+
+def test_bad_runs(tmp_path):
+    model, good = load("tiny", rank=2), config(tmp_path)
+    cases = [
+        (model, REWARD, [], good, "prompts must hold at least one text"),
+        (model, REWARD, PROMPTS, config(tmp_path, grad_steps=5), "grad_steps must lie in 0..4"),
+        (load("tiny", adapter=None), REWARD, PROMPTS, good, "something to train"),
+        (model, Reward("looks", colour, differentiable=False), PROMPTS, good, "looks is not"),
+        (model, Reward("cut", lambda i, p: colour(i.detach(), p)), PROMPTS, good, "cut must carry a gradient"),
+        (model, Reward("nan", lambda i, p: colour(i, p) * float("nan")), PROMPTS, good, "reward must be finite; nan gives nan"),
+        (model, Reward("one", lambda i, p: colour(i, p).mean()), PROMPTS, good, "one must return one score an image"),
+    ]
+    for m, reward, prompts, c, message in cases:
+        with pytest.raises(ValueError, match=message):
+            fit(m, reward, prompts, c, progress=False)
+    assert not (tmp_path / "run").exists()
+    from diffusers import UniPCMultistepScheduler
+    multi = load("tiny", rank=2)
+    multi.pipe.scheduler = UniPCMultistepScheduler.from_config(multi.scheduler.config)
+    with pytest.raises(ValueError, match="UniPC"):
+        check_run(multi, REWARD, PROMPTS, resolve(good, multi))
