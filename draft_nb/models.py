@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from .adapters import add_lora, base_of, lora_layers, trainable, unfreeze
+from .adapters import add_lora, base_of, lora_layers, lora_state, trainable, unfreeze
 from .anneal import blend
 
 # %% ../nbs/12_models.ipynb #d336afeb
@@ -58,6 +57,7 @@ class Denoiser:
     def parts(self, x:Tensor, t:Tensor, w:float|Tensor=1.)->tuple[Tensor,Tensor]:
         "The guided prediction, and the one with the prompt alone."
         if _all(w, 1): return self._guided(self.model.network, x, t)
+        if not (_all(w, 0) or self.model.has_base): raise ValueError(f'weight must be 0 or 1 for {self.model.name}, which carries no adapter to blend with its base; got {w}')
         with base_of(self.model.network, self.model.frozen) as network: base = self._guided(network, x, t)
         if _all(w, 0): return base
         tuned = self._guided(self.model.network, x, t)
@@ -94,6 +94,8 @@ class Model:
     def device(self)->torch.device: return self.network.device
     @property
     def dtype(self)->torch.dtype: return self.pipe.vae.dtype
+    @property
+    def has_base(self)->bool: return self.frozen is not None or bool(lora_layers(self.network))
     def parameters(self)->list[nn.Parameter]:
         "What learns, as a list."
         return trainable(self.network)
@@ -158,9 +160,8 @@ def save(self:Model,
         self.pipe.save_pretrained(folder)
         return folder
     if not lora_layers(self.network): raise ValueError(f'{self.name} carries no adapter: there is nothing to save')
-    config = {k:sorted(v) if isinstance(v, set) else v for k,v in self.network.peft_config['default'].to_dict().items()}
-    self.pipe.save_lora_weights(folder, **{f'{self.component}_lora_layers': get_peft_model_state_dict(self.network),
-                                           f'{self.component}_lora_adapter_metadata': config})
+    tensors,config = lora_state(self.network)
+    self.pipe.save_lora_weights(folder, **{f'{self.component}_lora_layers': tensors, f'{self.component}_lora_adapter_metadata': config})
     return folder/'pytorch_lora_weights.safetensors'
 Model.save = save
 
@@ -236,7 +237,7 @@ def load(
     for part in pipe.components.values():
         if isinstance(part, nn.Module): part.requires_grad_(False).eval()
     name = source if isinstance(source, str) else type(pipe).__name__
-    model = FAMILIES[type(pipe).__name__](pipe.to(device, dtype), name=name)
+    model = FAMILIES[type(pipe).__name__](pipe.to(device) if pipe.dtype==dtype else pipe.to(device, dtype), name=name)
     if source=='tiny':
         model.steps,model.guidance_scale = 20,3.
         model.training = dict(max_steps=60, batch_size=4, learning_rate=1e-3, kl_coeff=.1)

@@ -267,11 +267,12 @@ class Samples:
 
     def save(self,
         folder:str|Path, # Made if it is missing
+        stem:str="",     # Beginning of every name, for example "linear-"
     )->list[Path]:
         "Write 000.png, 001.png, ... and return their paths."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder/f"{j:03d}.png" for j in range(len(self.images))]
+        paths = [folder/f"{stem}{j:03d}.png" for j in range(len(self.images))]
         for path,o in zip(paths, self.pil()): o.save(path)
         return paths
 

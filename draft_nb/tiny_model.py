@@ -311,13 +311,14 @@ def train_tiny(
     vae_seconds:float=1800, seconds:float=9000, # 3 hours on two CPU cores; 4 and 13 minutes on a GPU
     batch_size:int=32,        # 1024 on a GPU
     compile:bool=False,
+    report:Callable[[str],None]=print, # Gets a line now and then
 )->Path:
     "Make the embedded model from scratch; call it again to go on after an interruption."
     folder = Path(folder); work = folder.with_name(folder.name+'-training'); work.mkdir(parents=True, exist_ok=True)
     emoji,tokenizer = load_emoji(data, device),make_tokenizer(work/'tokenizer')
-    def say(name): return lambda step,used,loss: print(f'{name} step {step} {used:.0f} s loss {loss:.4f}', flush=True)
+    def say(name): return lambda step,used,loss: report(f'{name} step {step} {used:.0f} s loss {loss:.4f}')
     vae = fit_vae(emoji, vae_seconds, max(16, batch_size//4), checkpoint=work/'vae.pt', report=say('vae'))
-    parts = fit_denoiser(emoji, vae, tokenizer, seconds, batch_size, compile=compile, checkpoint=work/'denoiser.pt', report=say('denoiser'))
+    parts = fit_denoiser(emoji, vae, tokenizer, seconds, batch_size, bank=0 if device!='cpu' else 20000, compile=compile, checkpoint=work/'denoiser.pt', report=say('denoiser'))
     return save_half(assemble(vae, *parts, tokenizer), folder)
 
 # %% ../nbs/51_tiny_model.ipynb #2762d024

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'DRaFTConfig', 'resolve', 'draft_loss', 'evaluate', 'Run', 'write_aside', 'checkpoints', 'save_checkpoint',
-           'newest_checkpoint', 'deal', 'check_run', 'make_optimizer', 'write_history', 'read_history', 'fit',
-           'model_card']
+           'newest_checkpoint', 'deal', 'check_space', 'check_run', 'make_optimizer', 'write_history', 'read_history',
+           'fit', 'model_card']
 
 # %% ../nbs/30_train.ipynb #3ab88559
 import csv
 import math
 import os
+import pickle
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +26,6 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import plots
 from .kl import gaussian_kl
 from .metrics import diversity
 from .sampler import denoise, sample
@@ -192,7 +193,7 @@ def newest_checkpoint(
     "The newest whole checkpoint; one that was cut short is passed over."
     for path in reversed(checkpoints(folder)):
         try: return torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, OSError): continue
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError): continue
     return None
 
 # %% ../nbs/30_train.ipynb #13a394a5
@@ -210,6 +211,16 @@ def deal(
     return [at(position*batch_size+k) for k in range(batch_size)]
 
 # %% ../nbs/30_train.ipynb #ccdf9ce8
+def check_space(
+    folder:Path,  # Need not exist yet
+    needed:int,   # Bytes
+)->None:
+    "Refuse a disk on which the checkpoints would not fit."
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free<needed: raise ValueError(f'output_dir must have {needed/1e6:.0f} MB free for weights and checkpoints; {there} has {free/1e6:.0f} MB')
+
+# %% ../nbs/30_train.ipynb #20107c03
 def check_run(
     model, reward, prompts:Sequence[str], config:DRaFTConfig,
 )->list[str]: # The prompts as a list
@@ -225,6 +236,7 @@ def check_run(
     if not score.requires_grad: raise ValueError(f'reward must carry a gradient to be trained against; {getattr(reward, "name", reward)} does not')
     if not score.isfinite().all(): raise ValueError(f'reward must be finite; {getattr(reward, "name", reward)} gives {score.item()} for a grey picture')
     folder = Path(config.output_dir)
+    check_space(folder, sum(p.numel() for p in model.parameters())*12*(config.keep_checkpoints+1)+10_000_000)
     if (folder/'config.yaml').exists() and not config.resume: raise ValueError(f'output_dir must be new, or resume must be set; {folder} holds a run')
     return prompts
 
@@ -237,7 +249,7 @@ def _check_resumed(folder:Path, config:DRaFTConfig)->None:
 
 def _plain(config:DRaFTConfig)->dict: return {k:list(v) if isinstance(v, tuple) else v for k,v in asdict(config).items()}
 
-# %% ../nbs/30_train.ipynb #9766c48c
+# %% ../nbs/30_train.ipynb #b4f2a9b0
 def make_optimizer(
     parameters:list[nn.Parameter], config:DRaFTConfig,
 )->torch.optim.Optimizer:
@@ -248,7 +260,7 @@ def make_optimizer(
     import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
-# %% ../nbs/30_train.ipynb #b4f2a9b0
+# %% ../nbs/30_train.ipynb #82d6cab4
 @dataclass
 class _Training:
     "What a run carries from step to step."
@@ -273,7 +285,7 @@ class _Training:
         self.optimizer.load_state_dict(state['optimizer']); self.schedule.load_state_dict(state['schedule'])
         self.step,self.average = state['step'],state['average']
 
-# %% ../nbs/30_train.ipynb #0e189ed6
+# %% ../nbs/30_train.ipynb #5475a0b5
 def _one_step(run:_Training)->dict[str,float]:
     "One optimizer step; returns its row of the history."
     c,acc,params = run.config,run.accelerator,run.model.parameters()
@@ -300,7 +312,7 @@ def _one_step(run:_Training)->dict[str,float]:
         torch._foreach_lerp_(run.average, [p.detach() for p in params], 1-min(c.ema_decay, run.step/(run.step+10)))
     return dict(step=run.step, **row, skipped=run.skipped, seconds=time.perf_counter()-began)
 
-# %% ../nbs/30_train.ipynb #5475a0b5
+# %% ../nbs/30_train.ipynb #a46f22d9
 class _Averaged:
     "Inside the block the model carries the averaged weights."
     def __init__(self, run:_Training): self.run = run
@@ -330,7 +342,7 @@ def read_history(
     with open(folder/'history.csv', newline='') as f:
         return [{k:int(v) if k in ('step','skipped') else float(v) for k,v in r.items() if v!=''} for r in csv.DictReader(f)]
 
-# %% ../nbs/30_train.ipynb #a8dcc202
+# %% ../nbs/30_train.ipynb #834b2fb2
 def fit(
     model,                  # A `Model` with an adapter; trained in place
     reward:Callable,        # A differentiable `Reward`
@@ -376,7 +388,7 @@ def fit(
     run.accelerator.end_training()
     return Run(folder, rows, before, after)
 
-# %% ../nbs/30_train.ipynb #834b2fb2
+# %% ../nbs/30_train.ipynb #9c73fcdc
 def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
     log_with = config.log_with or ('tensorboard' if find_spec('tensorboard') else None)
@@ -397,6 +409,7 @@ def _begin_folder(folder:Path, model, reward, config:DRaFTConfig)->None:
 
 def _save_pictures(path:Path, prompts, base, tuned, base_rewards, rewards)->None:
     "Base above tuned, the first picture of each prompt, rewards underneath."
+    from draft_nb import plots
     n = min(8, len(prompts))
     captions = {'base':[f'{r:.3g}' for r in base_rewards[:n,0].tolist()], 'aligned':[f'{r:.3g}' for r in rewards[:n,0].tolist()]}
     fig = plots.picture_rows({'base':base[:n,0], 'aligned':tuned[:n,0]}, captions=captions, column_titles=list(prompts[:n]))
@@ -404,13 +417,14 @@ def _save_pictures(path:Path, prompts, base, tuned, base_rewards, rewards)->None
 
 def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, base, tuned, base_rewards, rewards)->None:
     "What a finished run leaves: weights, card, curves, pictures."
+    from draft_nb import plots
     run.model.save(folder)
     history = [{**r, **{f'base_{k}':v for k,v in before.items()}} for r in rows]
     plots.save_figure(plots.training_curves(history), folder/'curves.png')
     _save_pictures(folder/'before_after.png', prompts, base, tuned, base_rewards, rewards)
     write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, run.config, before, after)))
 
-# %% ../nbs/30_train.ipynb #9c73fcdc
+# %% ../nbs/30_train.ipynb #16571890
 def model_card(
     model, reward, config:DRaFTConfig,
     before:dict[str,float], after:dict[str,float], # Means, see `evaluate`

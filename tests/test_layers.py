@@ -1,6 +1,7 @@
 """Who may import whom: the table of the design, held against the syntax trees of the library.
 
-A new edge is a decision: it is made here, in `TABLE`, where a reader sees it.
+Decades are layers. A module may import any lower decade, and of its own what its row names. Another edge is a
+decision: it is made here, where a reader sees it.
 """
 import ast
 import json
@@ -14,13 +15,13 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BELOW = "all above" # in the table's order: every row before
 
 
 class Row(NamedTuple):
-    number: int
-    imports: str     # modules of this package
+    number: int      # of the notebook; its tens are the layer
+    same: str        # modules of the same decade
     packages: str    # of others, besides the standard library
+    never: str = ""  # modules of a lower decade that are handed in instead
 
 
 LIGHT = "torch numpy PIL safetensors tqdm yaml"
@@ -30,31 +31,35 @@ TABLE = {
     "anneal":      Row( 0, "", "torch"),
     "kl":          Row( 1, "", "torch"),
     "toy":         Row( 2, "", "torch"),
-    "sampler":     Row(10, "anneal kl", LIGHT),
+    "sampler":     Row(10, "", LIGHT),
     "adapters":    Row(11, "", f"{LIGHT} peft"),
     "models":      Row(12, "adapters", f"{LIGHT} diffusers transformers huggingface_hub"),
-    "pipelines":   Row(13, "anneal adapters", "torch diffusers"),
+    "pipelines":   Row(13, "adapters", "torch diffusers"),
     "rewards":     Row(20, "", f"{LIGHT} open_clip transformers huggingface_hub"),
     "metrics":     Row(21, "", "torch"),
-    "train":       Row(30, "sampler kl", f"{LIGHT} accelerate pandas"),
-    "export":      Row(31, "models", f"{LIGHT} diffusers"),
-    "sweep":       Row(32, "sampler metrics", f"{LIGHT} pandas"),
+    "train":       Row(30, "", f"{LIGHT} accelerate pandas diffusers", never="models rewards"),
+    "export":      Row(31, "", f"{LIGHT} diffusers"),
+    "sweep":       Row(32, "", f"{LIGHT} pandas"),
     "plots":       Row(40, "", f"{LIGHT} pandas matplotlib"),
-    "demo":        Row(41, BELOW, ANY),
-    "cli":         Row(42, BELOW, ANY),
-    "tiny_data":   Row(50, BELOW, f"{ANY} resvg_py"),
-    "tiny_model":  Row(51, BELOW, ANY),
-    "tiny_reward": Row(52, BELOW, ANY),
-    "bench":       Row(60, BELOW, ANY),
+    "demo":        Row(41, "plots", ANY),
+    "cli":         Row(42, "plots demo", ANY),
+    "tiny_data":   Row(50, "", f"{ANY} resvg_py"),
+    "tiny_model":  Row(51, "tiny_data", ANY),
+    "tiny_reward": Row(52, "tiny_data tiny_model", ANY),
+    "bench":       Row(60, "", ANY),
 }
 # `draft-nb bench` starts what lies above the command line: the one edge that points up, inside its function
-UPWARD = {("cli", "bench")}
+# figures are drawn by plots, which knows nothing of the package: a run draws its curves and pictures when it saves them
+UPWARD = {("cli", "bench"), ("train", "plots")}
+# installed by whoever wants them, imported inside the function that does
+OPTIONAL = {"train": {"bitsandbytes"}}
 HAND_WRITTEN = {"_torchvision": "torch"}
 
 
 def allowed(module):
-    names = list(TABLE)
-    return set(names[:names.index(module)] if TABLE[module].imports==BELOW else TABLE[module].imports.split())
+    row = TABLE[module]
+    lower = {name for name,other in TABLE.items() if other.number//10 < row.number//10}
+    return lower - set(row.never.split()) | set(row.same.split())
 
 
 MODULES = sorted(p for p in (ROOT/"draft_nb").rglob("*.py") if p.stem not in ("__init__", "_modidx"))
@@ -84,10 +89,18 @@ def edges(tree):
         elif name is not None and name!="__version__": yield name, inside
 
 
-def packages(tree): return {m.partition(".")[0] for m,*_ in imports(tree)} - {"draft_nb"} - sys.stdlib_module_names
+def packages(tree, inside=(True, False)):
+    "Third-party packages, imported inside functions or outside or both."
+    return {m.partition(".")[0] for m,_,i in imports(tree) if i in inside} - {"draft_nb"} - sys.stdlib_module_names
 
 
 def parse(path): return ast.parse(path.read_text(), str(path))
+
+
+def needed(path):
+    "Third-party packages of a module, without those that are optional and imported late."
+    tree = parse(path)
+    return packages(tree, (False,)) | packages(tree, (True,)) - OPTIONAL.get(path.stem, set())
 
 
 def calls(tree, name):
@@ -137,7 +150,7 @@ def test_edges(path):
 @each_module
 def test_packages(path):
     "torch but never diffusers below the models, and no nbdev or fastcore at all: those are for working on the pages."
-    assert packages(parse(path)) <= set((HAND_WRITTEN.get(path.stem) or TABLE[path.stem].packages).split())
+    assert needed(path) <= set((HAND_WRITTEN.get(path.stem) or TABLE[path.stem].packages).split())
 
 
 def test_requirements():
@@ -150,7 +163,7 @@ def test_requirements():
     owner = packages_distributions()
     for path in MODULES:
         tiny = path.stem.startswith("tiny_") # these pages remake the embedded model
-        for package in packages(parse(path)):
+        for package in needed(path):
             assert {name(d) for d in owner.get(package, [package])} & (developing if tiny else required), f"{path.stem}: {package}"
 
 
@@ -181,7 +194,8 @@ def test_weights_are_never_unpickled(path):
     for call in calls(parse(path), r"torch\.load"):
         assert any(k.arg=="weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True for k in call.keywords)
     assert not packages(parse(path)) & {"joblib", "dill", "cloudpickle"}
-    assert "pickle" not in {m for m,*_ in imports(parse(path))}
+    assert not calls(parse(path), r"(pickle\.loads?|Unpickler)")
+    assert "pickle" not in {m for m,name,_ in imports(parse(path)) if name} # `from pickle import load` would hide there
 
 
 # the rules above find what they look for
@@ -210,4 +224,5 @@ def test_loops_are_found():
 
 def test_calls_are_found():
     assert calls(ast.parse("torch.load(f)"), r"torch\.load") and calls(ast.parse("print(1)"), "print")
+    assert calls(ast.parse("pickle.load(f)"), r"(pickle\.loads?|Unpickler)")
     assert not calls(ast.parse("fingerprint(1)"), "print")

@@ -197,6 +197,8 @@ def test_refusals(model, tmp_path):
         model.encode([])
     with pytest.raises(ValueError, match="texts; got 3"):
         model.encode([3])
+    with pytest.raises(ValueError, match="carries no adapter"):
+        sample(load("tiny", adapter=None), PROMPTS, weight="linear", steps=2)
     with pytest.raises(ValueError, match="nothing to save"):
         load("tiny", adapter=None).save(tmp_path)
 
