@@ -21,20 +21,25 @@ from torch import Tensor
 # %% ../nbs/40_plots.ipynb #c1eab1e4
 class Plot(Figure):
     "A matplotlib figure that shows itself; pyplot never hears of it."
-    def _repr_png_(self)->bytes: return figure_bytes(self)
+    def _repr_png_(self)->bytes:
+        "For notebooks: photographs beyond 40 kB are shown, not saved, in 256 colours."
+        data = figure_bytes(self)
+        return data if len(data)<40_000 else figure_bytes(self, palette=True)
 
 def figure_bytes(
     fig:Figure,
     dpi:int|None=None,   # Dots per inch; None is the figure's own
     format:str="png",    # Or "svg", without white ground
+    palette:bool|None=None, # Keep a PNG in 256 colours; None does so where there are only lines
 )->bytes:
-    "The figure as a file, the same bytes on every run; a figure of lines alone is kept in 256 colours."
+    "The figure as a file; a PNG is the same bytes on every run."
     data = BytesIO()
     own = dict(facecolor="white") if format=="png" else dict(transparent=True, metadata={"Date":None})
     fig.savefig(data, format=format, dpi=dpi or "figure", **own)
     if format!="png": return data.getvalue()
     picture,data = Image.open(data).convert("RGB"),BytesIO()
-    if not any(ax.images for ax in fig.axes): picture = picture.quantize(256, dither=Image.Dither.NONE)
+    if palette is None: palette = not any(ax.images for ax in fig.axes)
+    if palette: picture = picture.quantize(256, dither=Image.Dither.NONE)
     picture.save(data, "PNG", optimize=True)
     return data.getvalue()
 
@@ -63,7 +68,9 @@ def _figure(
     layout:str|None="constrained", # None where the axes are placed by hand
 )->Plot:
     "An empty figure of the house."
-    return Plot(figsize=(width, height), dpi=100, facecolor="white", layout=layout)
+    fig = Plot(figsize=(width, height), dpi=100, facecolor="white", layout=layout)
+    if layout: fig.get_layout_engine().set(w_pad=.07, h_pad=.06)
+    return fig
 
 def _dress(
     ax,             # Matplotlib axes
@@ -179,7 +186,7 @@ def training_curves(
         _dress(ax, title, "step")
         handles,labels = ax.get_legend_handles_labels()
         entries |= {l:h for h,l in zip(handles, labels) if l not in entries}
-    _legend(fig, ([*entries.values()], [*entries]), "outside lower center", 4)
+    if len(entries)>1: _legend(fig, ([*entries.values()], [*entries]), "outside lower center", 4)
     return fig
 
 # %% ../nbs/40_plots.ipynb #1ff26ae9
@@ -211,7 +218,7 @@ def picture_rows(
     titles = [fill(o, max(6, round(cell*15)), max_lines=2, placeholder="…") for o in titles]
     names = {k:fill(k, 14, max_lines=3, placeholder="…") for k in rows}
     line,gap = .15,.07
-    left = .12+.072*max(len(o) for name in names.values() for o in name.split("\n"))
+    left = .22+.075*max(len(o) for name in names.values() for o in name.split("\n"))
     under = {k:gap+line*max((c.count("\n")+1 for c in captions.get(k, [])), default=0) for k in rows}
     tall = {k:cell*v.shape[2]/v.shape[3] for k,v in rows.items()}
     above = gap+line*max((t.count("\n")+1 for t in titles), default=0)
@@ -240,6 +247,15 @@ def _number(
     v = point.get(key)
     return float(v) if v is not None and isfinite(v) else None
 
+def _intervals(
+    point:Mapping, # One point of `tradeoff`
+)->list:           # (x0, y0), (x1, y1) of each interval that it has
+    "The intervals of a point as lines."
+    x,y = _number(point, "diversity"),_number(point, "reward")
+    ends = {k:_number(point, k) for k in ("diversity_low", "diversity_high", "reward_low", "reward_high")}
+    x0,x1,y0,y1 = ends.values()
+    return [((x0,y),(x1,y))]*(None not in (x0,x1))+[((x,y0),(x,y1))]*(None not in (y0,y1))
+
 def _overlap(
     a:tuple, # x0, y0, x1, y1
     b:tuple, # Likewise
@@ -247,23 +263,31 @@ def _overlap(
     "Area that two boxes share."
     return max(0, min(a[2],b[2])-max(a[0],b[0]))*max(0, min(a[3],b[3])-max(a[1],b[1]))
 
+_sides = [(dx,dy,far) for far in (1,3,5.5) for dx,dy in ((1,0),(1,1),(-1,1),(0,1),(-1,0),(1,-1),(-1,-1),(0,-1))] # near places first
+
 def _place_labels(
     ax,           # Axes with their final limits and position
     points:list,  # name, x, y
+    lines:list,   # (x0, y0), (x1, y1) of the intervals, which a label must not cross
     size:float=8, # Of the letters in points
 )->None:
-    "Write each name on the side of its point where it covers least."
+    "Write each name where it covers least, near its point; a thin line leads to one further away."
     px = ax.figure.dpi/72*size
     at = [ax.transData.transform(p[1:]) for p in points]
     frame = ax.get_window_extent().extents
     taken = [(x-.45*px, y-.45*px, x+.45*px, y+.45*px) for x,y in at]
+    taken += [(x0-2, y0-2, x1+2, y1+2) for a,b in lines for (x0,y0),(x1,y1) in [ax.transData.transform([a, b])]]
     for (name,*_),(x,y) in zip(points, at):
         w,h,gap = .62*px*len(name)+.2*px,1.25*px,.65*px
-        sides = [(dx,dy) for dx,dy in ((1,0),(0,1),(-1,0),(0,-1),(1,1),(-1,1),(-1,-1),(1,-1))]
-        boxes = [(cx-w/2, cy-h/2, cx+w/2, cy+h/2) for dx,dy in sides for cx,cy in [(x+dx*(w/2+gap*(1-.4*abs(dy))), y+dy*(h/2+gap))]]
-        box = min(boxes, key=lambda b: sum(_overlap(b, o) for o in taken)+2*(w*h-_overlap(b, frame)))
-        taken.append(box)
-        ax.annotate(name, ((box[0]+box[2])/2, (box[1]+box[3])/2), xycoords="figure pixels", ha="center", va="center", fontsize=size, color=INK, parse_math=False)
+        centres = [(x+dx*(w/2+far*gap*(1-.5*abs(dy))), y+dy*(h/2+far*gap*(1-.5*abs(dx)))) for dx,dy,far in _sides]
+        boxes = [(cx-w/2, cy-h/2, cx+w/2, cy+h/2) for cx,cy in centres]
+        costs = [sum(_overlap(b, o) for o in taken)+w*h*(2+.02*far)-2*_overlap(b, frame) for b,(*_,far) in zip(boxes, _sides)]
+        best = costs.index(min(costs))
+        taken.append(boxes[best])
+        x0,y0,x1,y1 = boxes[best]
+        (cx,cy),end = ax.transData.inverted().transform([((x0+x1)/2, (y0+y1)/2), (min(max(x, x0), x1), min(max(y, y0), y1))])
+        ax.text(cx, cy, name, ha="center", va="center", fontsize=size, color=INK, parse_math=False)
+        if _sides[best][2]>1: ax.annotate("", end, ax.transData.inverted().transform((x,y)), arrowprops=dict(arrowstyle="-", color="#8a8a8a", linewidth=.6, shrinkA=3, shrinkB=0))
 
 # %% ../nbs/40_plots.ipynb #f0ad52e7
 def tradeoff(
@@ -282,13 +306,10 @@ def tradeoff(
     ax = fig.add_axes((.62/width, .48/height, 1-.75/width, 1-.6/height))
     _dress(ax, "", diversity_label, reward_label)
     at = [(str(p["name"]), float(p["diversity"]), float(p["reward"])) for p in points]
-    for p,(_,x,y) in zip(points, at):
-        for a,b,horizontal in (("diversity_low", "diversity_high", True), ("reward_low", "reward_high", False)):
-            low,high = _number(p, a),_number(p, b)
-            if low is None or high is None: continue
-            ax.plot(*(((low,high),(y,y)) if horizontal else ((x,x),(low,high))), color="#8a8a8a", linewidth=.9, solid_capstyle="butt", zorder=2)
+    lines = [o for p in points for o in _intervals(p)]
+    for a,b in lines: ax.plot(*zip(a, b), color="#8a8a8a", linewidth=.9, solid_capstyle="butt", zorder=2)
     ax.scatter([x for _,x,_ in at], [y for *_,y in at], s=26, color=COLORS[0], edgecolor="white", linewidth=.6, zorder=3)
     ax.margins(.14, .12)
     ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
-    _place_labels(ax, at)
+    _place_labels(ax, at, lines)
     return fig

@@ -68,8 +68,7 @@ def clip_preprocess(
     "Resize the shorter side, crop the centre, normalise; differentiable."
     h,w = images.shape[-2:]
     if (h,w)!=(size,size):
-        k = size/min(h,w)
-        images = F.interpolate(images, (max(size, round(h*k)), max(size, round(w*k))), mode='bicubic', antialias=True, align_corners=False).clamp(0,1)
+        images = F.interpolate(images, (size*h//min(h,w), size*w//min(h,w)), mode='bicubic', antialias=True, align_corners=False).clamp(0,1)
         top,left = (images.shape[-2]-size)//2,(images.shape[-1]-size)//2
         images = images[...,top:top+size,left:left+size]
     return (images-images.new_tensor(mean).view(3,1,1))/images.new_tensor(std).view(3,1,1)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['make_tokenizer', 'token_ids', 'make_vae', 'make_text_encoder', 'make_unet', 'make_scheduler', 'prefetch',
            'average_gradients', 'agree', 'attention_kernel', 'rank', 'fit_boxed', 'vae_loss', 'normalise_latents',
-           'fit_vae', 'TextToLatent', 'velocity_loss', 'fit_denoiser', 'assemble', 'save_half', 'train_tiny',
-           'measure_tiny']
+           'fit_vae', 'velocity_loss', 'fit_denoiser', 'assemble', 'save_half', 'measure_tiny']
 
 # %% ../nbs/51_tiny_model.ipynb #1665c858
 import copy
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .tiny_data import COLOURS, Emoji, caption, draw_batch, load_emoji
+from .tiny_data import COLOURS, Emoji, caption, draw_batch
 
 # %% ../nbs/51_tiny_model.ipynb #44e89fc0
 def make_tokenizer(
@@ -66,13 +65,29 @@ def make_vae(): # 64x64 pixels <-> 4 channels of 16x16
         block_out_channels=(24,48,96), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=64,
         mid_block_add_attention=False, scaling_factor=1.)
 
-def make_text_encoder(tokenizer):
-    "A small `CLIPTextModel`, trained together with the denoiser."
+def make_text_encoder(
+    clip,      # A trained open_clip `CLIP`
+    tokenizer,
+):
+    "CLIP's text tower as a `CLIPTextModel`."
     from transformers import CLIPTextConfig, CLIPTextModel
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=768, projection_dim=192, num_hidden_layers=3,
-        num_attention_heads=6, max_position_embeddings=tokenizer.model_max_length, hidden_act='quick_gelu',
+    width,layers = clip.ln_final.weight.shape[0],clip.transformer.resblocks
+    model = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4*width, projection_dim=width, num_hidden_layers=len(layers),
+        num_attention_heads=layers[0].attn.num_heads, max_position_embeddings=tokenizer.model_max_length, hidden_act='gelu',
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    state = {'embeddings.token_embedding.weight':clip.token_embedding.weight, 'embeddings.position_embedding.weight':clip.positional_embedding}
+    for end in 'weight','bias':
+        state[f'final_layer_norm.{end}'] = getattr(clip.ln_final, end)
+        for k,block in enumerate(layers):
+            to = f'encoder.layers.{k}'
+            three = (block.attn.in_proj_weight if end=='weight' else block.attn.in_proj_bias).chunk(3)
+            state |= {f'{to}.self_attn.{q}_proj.{end}':v for q,v in zip('qkv', three)}
+            state |= {f'{to}.{name}.{end}':getattr(part, end) for name,part in (('self_attn.out_proj',block.attn.out_proj), ('layer_norm1',block.ln_1),
+                      ('layer_norm2',block.ln_2), ('mlp.fc1',block.mlp.c_fc), ('mlp.fc2',block.mlp.c_proj))}
+    prefix = 'text_model.' if any(k.startswith('text_model.') for k in model.state_dict()) else ''
+    model.load_state_dict({prefix+k:v.detach().clone() for k,v in state.items()}, strict=False)
+    return model.eval().requires_grad_(False)
 
 def make_unet():
     "A small `UNet2DConditionModel`; text is attended to at 8x8 and 4x4."
@@ -81,7 +96,7 @@ def make_unet():
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64,128,192), layers_per_block=1,
         down_block_types=('DownBlock2D','CrossAttnDownBlock2D','CrossAttnDownBlock2D'),
         up_block_types=('CrossAttnUpBlock2D','CrossAttnUpBlock2D','UpBlock2D'),
-        cross_attention_dim=192, attention_head_dim=[2,4,6], norm_num_groups=16)
+        cross_attention_dim=128, attention_head_dim=[2,4,6], norm_num_groups=16)
 
 def make_scheduler(): # v-prediction, cosine noise, the last training step is pure noise
     "DDIM as the model is trained for."
@@ -229,38 +244,31 @@ def fit_vae(
     return vae
 
 # %% ../nbs/51_tiny_model.ipynb #98f184fa
-class TextToLatent(nn.Module):
-    "Text encoder and denoiser as one module."
-    def __init__(self, text_encoder, unet):
-        super().__init__()
-        self.text_encoder,self.unet = text_encoder,unet
-    def forward(self, ids, x, t): return self.unet(x, t, self.text_encoder(ids)[0]).sample
-
 def velocity_loss(
-    model:Callable,       # `TextToLatent`
-    batch:tuple,          # token ids (B,L), clean latents (B,4,16,16)
+    unet,
+    batch:tuple,          # Encoded texts (B,L,D), clean latents (B,4,16,16)
     scheduler,
 )->torch.Tensor:
     "Mean squared error of the predicted velocity."
-    ids,clean = batch
+    text,clean = batch
     b = len(clean)
     t = ((torch.arange(b, device=clean.device)+torch.rand(b, device=clean.device))/b*1000).long().clamp(max=999)
     noise = torch.randn_like(clean)
-    out = model(ids, scheduler.add_noise(clean, noise, t), t)
+    out = unet(scheduler.add_noise(clean, noise, t), t, text).sample
     return F.mse_loss(out.float(), scheduler.get_velocity(clean, noise, t))
 
 # %% ../nbs/51_tiny_model.ipynb #155c2969
 def fit_denoiser(
     emoji:Emoji,          # On the device to train on
-    vae, tokenizer,
+    vae, text_encoder, tokenizer,
     seconds:float,
     batch_size:int=1024,
     seed:int=0,
     bank:int=0,           # Pictures that are encoded once and used again with new captions; 0 encodes new ones all the time
     compile:bool=False,   # Pays off on a GPU
     **options,            # To `fit_boxed`
-):                        # (text encoder, unet)
-    "Train text encoder and denoiser on the autoencoder's latents."
+):                        # The trained denoiser
+    "Train the denoiser on the autoencoder's latents and the text encoder's tokens."
     torch.manual_seed(seed)
     device = emoji.rgba.device
     seed = seed+rank()
@@ -277,11 +285,11 @@ def fit_denoiser(
             pick = rng.sample(range(len(shown)), batch_size)
             clean,pictures = latents[pick],[shown[k] for k in pick]
         else: clean,pictures = encode(batch_size)
-        return token_ids(tokenizer, [caption(emoji, p, rng).text for p in pictures]).to(device), clean
-    model = TextToLatent(make_text_encoder(tokenizer), make_unet()).to(device)
-    run = torch.compile(model) if compile else model
-    model = fit_boxed(model, lambda _,batch: velocity_loss(run, batch, scheduler), make, seconds=seconds, **options)
-    return model.text_encoder,model.unet
+        with torch.no_grad(): text = text_encoder(token_ids(tokenizer, [caption(emoji, p, rng).text for p in pictures]).to(device))[0]
+        return text, clean
+    unet,text_encoder = make_unet().to(device),text_encoder.to(device)
+    run = torch.compile(unet) if compile else unet
+    return fit_boxed(unet, lambda _,batch: velocity_loss(run, batch, scheduler), make, seconds=seconds, **options)
 
 # %% ../nbs/51_tiny_model.ipynb #bc44e2cd
 def assemble(vae, text_encoder, unet, tokenizer):
@@ -303,25 +311,7 @@ def save_half(
     config.write_text(json.dumps({**json.loads(config.read_text()), 'dtype':'float32'}, indent=2)+'\n')
     return Path(folder)
 
-# %% ../nbs/51_tiny_model.ipynb #de06b5ff
-def train_tiny(
-    folder:str|Path,          # Where the pipeline is saved, in half precision
-    data:str|Path='data',     # Holds `emoji.webp`, see `draft_nb.tiny_data`
-    device:str='cpu',
-    vae_seconds:float=1800, seconds:float=9000, # 3 hours on two CPU cores; 4 and 13 minutes on a GPU
-    batch_size:int=32,        # 1024 on a GPU
-    compile:bool=False,
-    report:Callable[[str],None]=print, # Gets a line now and then
-)->Path:
-    "Make the embedded model from scratch; call it again to go on after an interruption."
-    folder = Path(folder); work = folder.with_name(folder.name+'-training'); work.mkdir(parents=True, exist_ok=True)
-    emoji,tokenizer = load_emoji(data, device),make_tokenizer(work/'tokenizer')
-    def say(name): return lambda step,used,loss: report(f'{name} step {step} {used:.0f} s loss {loss:.4f}')
-    vae = fit_vae(emoji, vae_seconds, max(16, batch_size//4), checkpoint=work/'vae.pt', report=say('vae'))
-    parts = fit_denoiser(emoji, vae, tokenizer, seconds, batch_size, bank=0 if device!='cpu' else 20000, compile=compile, checkpoint=work/'denoiser.pt', report=say('denoiser'))
-    return save_half(assemble(vae, *parts, tokenizer), folder)
-
-# %% ../nbs/51_tiny_model.ipynb #2762d024
+# %% ../nbs/51_tiny_model.ipynb #c698c07c
 def measure_tiny(
     emoji:Emoji,
     names:list[str],         # Things to draw

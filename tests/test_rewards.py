@@ -74,7 +74,7 @@ def test_preprocess_against_pil():
     import numpy as np
     rng = np.random.default_rng(0)
     coarse = Image.fromarray((rng.random((12, 16, 3)) * 255).astype("uint8")).resize((640, 480), Image.BICUBIC)
-    theirs = coarse.resize((299, 224), Image.BICUBIC).crop((37, 0, 261, 224))
+    theirs = coarse.resize((298, 224), Image.BICUBIC).crop((37, 0, 261, 224))
     x = torch.tensor(np.asarray(coarse)).permute(2, 0, 1)[None] / 255
     mine = clip_preprocess(x, 224, mean=(0, 0, 0), std=(1, 1, 1))[0].permute(1, 2, 0)
     assert (mine - torch.tensor(np.asarray(theirs)) / 255).abs().mean() < .0015
