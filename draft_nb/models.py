@@ -208,13 +208,13 @@ def _pipeline(source, dtype:torch.dtype)->DiffusionPipeline:
     source = str(asset('tiny') if source=='tiny' else source)
     if source.endswith('.safetensors'):
         if not Path(source).is_file(): raise ValueError(f'model must be a file that exists; got {source}')
-        return StableDiffusionPipeline.from_single_file(source, torch_dtype=dtype)
+        return StableDiffusionPipeline.from_single_file(source, dtype=dtype)
     is_path = Path(source).exists()
     if is_path and not (Path(source)/'model_index.json').is_file():
         raise ValueError(f'model must be a diffusers folder; {source} holds no model_index.json')
     if not is_path and (source.count('/')!=1 or source.startswith(('.','/'))):
         raise ValueError(f"model must be 'tiny', a hub id (owner/name), a diffusers folder, a .safetensors file or a pipeline; got {source!r}")
-    pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     if isinstance(pipe.scheduler, PNDMScheduler): pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     return pipe
 
