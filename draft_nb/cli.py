@@ -94,7 +94,7 @@ def _train_parser(parser:argparse.ArgumentParser)->None:
     parser.add_argument('--config', help='YAML file of these flags; flags win')
     parser.add_argument('--model', default=argparse.SUPPRESS, help='tiny, a hub id, a diffusers folder or a .safetensors file (default: tiny)')
     parser.add_argument('--adapter', default=argparse.SUPPRESS, help='lora, full, or a trained LoRA to go on from (default: lora)')
-    parser.add_argument('--rank', type=int, default=argparse.SUPPRESS, help='rank of a new LoRA (default: 32)')
+    parser.add_argument('--rank', type=int, default=argparse.SUPPRESS, help='rank of a new LoRA (default: 32; 8 for tiny)')
     parser.add_argument('--device', default=argparse.SUPPRESS, help='cpu, cuda, ... (default: a GPU where there is one)')
     parser.add_argument('--reward', default=argparse.SUPPRESS, help='a reward, or a combination like "0.7*tiny + 0.3*tiny-judge" (default: tiny)')
     parser.add_argument('--judge', default=argparse.SUPPRESS, help='a reward that is only measured (default: tiny-judge for tiny)')
@@ -131,7 +131,7 @@ def train(
     prompts = read_prompts(given['prompts'])
     if (Path(config.output_dir)/'config.yaml').exists() and not config.resume:
         raise ValueError(f'output_dir must be new, or --resume given; {config.output_dir} holds a run')
-    model = load(source, adapter=given.get('adapter', 'lora'), rank=given.get('rank', 32), device=given.get('device'))
+    model = load(source, adapter=given.get('adapter', 'lora'), rank=given.get('rank'), device=given.get('device'))
     reward = load_reward(given.get('reward', 'tiny'), model.device)
     judge = load_reward(given['judge'], model.device) if given.get('judge') else None
     report(fit(model, reward, prompts, config, judge=judge), source)

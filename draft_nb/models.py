@@ -222,7 +222,7 @@ def _pipeline(source, dtype:torch.dtype)->DiffusionPipeline:
 def load(
     source,                       # "tiny", a hub id, a local folder, a .safetensors file or a diffusers pipeline
     adapter:str|Path|None='lora', # "lora", "full", None, or the path of a trained LoRA
-    *, rank:int=32,               # Of a new LoRA
+    *, rank:int|None=None,        # Of a new LoRA; by default 32, and 8 for the embedded model
     device:str|torch.device|None=None, # By default a GPU where there is one
     dtype:torch.dtype|None=None,  # Of the frozen parts; by default float32 on the CPU, bfloat16 on a GPU
     seed:int=0,                   # Of a new LoRA
@@ -239,9 +239,9 @@ def load(
     name = source if isinstance(source, str) else type(pipe).__name__
     model = FAMILIES[type(pipe).__name__](pipe.to(device) if pipe.dtype==dtype else pipe.to(device, dtype), name=name)
     if source=='tiny':
-        model.steps,model.guidance_scale = 20,3.
-        model.training = dict(max_steps=60, batch_size=4, learning_rate=1e-3, kl_coeff=.1)
-    return attach(model, adapter, rank=rank, seed=seed)
+        model.steps,model.guidance_scale,rank = 10,1.,8 if rank is None else rank
+        model.training = dict(max_steps=80, batch_size=8, learning_rate=3e-3, kl_coeff=3.)
+    return attach(model, adapter, rank=32 if rank is None else rank, seed=seed)
 
 def attach(
     model:Model,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_tokenizer', 'token_ids', 'make_vae', 'make_text_encoder', 'make_unet', 'make_scheduler', 'prefetch',
            'average_gradients', 'agree', 'attention_kernel', 'rank', 'fit_boxed', 'vae_loss', 'normalise_latents',
-           'fit_vae', 'velocity_loss', 'fit_denoiser', 'assemble', 'save_half', 'measure_tiny']
+           'fit_vae', 'velocity_loss', 'fit_denoiser', 'assemble', 'save_half']
 
 # %% ../nbs/51_tiny_model.ipynb #1665c858
 import copy
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .tiny_data import COLOURS, Emoji, caption, draw_batch
+from .tiny_data import Emoji, caption, draw_batch
 
 # %% ../nbs/51_tiny_model.ipynb #44e89fc0
 def make_tokenizer(
@@ -310,40 +310,3 @@ def save_half(
     config = Path(folder)/'text_encoder'/'config.json'
     config.write_text(json.dumps({**json.loads(config.read_text()), 'dtype':'float32'}, indent=2)+'\n')
     return Path(folder)
-
-# %% ../nbs/51_tiny_model.ipynb #c698c07c
-def measure_tiny(
-    emoji:Emoji,
-    names:list[str],         # Things to draw
-    seeds:int=8,             # Pictures of each
-    guidance_scales:tuple[float,...]=(1.,2.,3.,5.),
-)->list[dict]:               # A row each: source, guidance_scale, top1_reward, top1_judge, diversity
-    "Retrieval and diversity of generated pictures beside real ones."
-    from draft_nb.metrics import diversity
-    from draft_nb.models import load
-    from draft_nb.rewards import load_reward
-    from draft_nb.sampler import sample
-    from draft_nb.tiny_data import Picture, describe, paint, random_affine
-    model,judges = load('tiny', adapter=None),[load_reward(n) for n in ('tiny','tiny-judge')]
-    texts = [describe(n) for n in emoji.names]
-    def row(images, own, **about): # images (P,S,3,64,64), own (P,) names
-        flat = images.flatten(0,1)
-        top1 = []
-        with torch.no_grad():
-            for j in judges:
-                scores = torch.stack([j(flat, [t]*len(flat)) for t in texts])
-                right = torch.tensor([emoji.names.index(n) for n in own]).repeat_interleave(images.shape[1])
-                top1.append((scores.argmax(0)==right).float().mean().item())
-            features = judges[1].features(flat).view(*images.shape[:2], -1)
-        return dict(**about, top1_reward=top1[0], top1_judge=top1[1], diversity=diversity(features).mean().item() if images.shape[1]>1 else None)
-    held = emoji.where(held_out=True)
-    white = [Picture(i, 'white', None) for i in held]
-    rows = [row(paint(emoji, white)[:,None], [emoji.meta[i]['name'] for i in held], source='real, held out')]
-    rng = random.Random(0)
-    many = [Picture(rng.choice(emoji.where(name=n)), rng.choice(list(COLOURS)), None) for n in names for _ in range(seeds)]
-    moved = paint(emoji, many, random_affine(len(many), torch.Generator().manual_seed(0)))
-    rows.append(row(moved.view(len(names), seeds, 3, 64, 64), names, source='real, as trained on'))
-    for g in guidance_scales:
-        images = torch.cat([sample(model, [describe(n)]*seeds, guidance_scale=g, seed=list(range(seeds))).images for n in names])
-        rows.append(row(images.view(len(names), seeds, 3, 64, 64), names, source='generated', guidance_scale=g))
-    return rows

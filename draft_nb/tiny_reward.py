@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'clip_config', 'make_clip', 'describes', 'contrastive_loss', 'roughen', 'fit_clip', 'save_clip', 'top1',
-           'train_tiny']
+           'measure_tiny', 'train_tiny']
 
 # %% ../nbs/52_tiny_reward.ipynb #3c590f9a
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .tiny_data import Caption, Emoji, Picture, describe, draw_batch, load_emoji
+from .tiny_data import COLOURS, Caption, Emoji, Picture, describe, draw_batch, load_emoji, paint, random_affine
 from .tiny_model import assemble, fit_boxed, fit_denoiser, fit_vae, make_text_encoder, make_tokenizer, save_half, token_ids
 
 # %% ../nbs/52_tiny_reward.ipynb #ba7ba093
@@ -144,7 +144,42 @@ def top1(
     best = (image@text.T).argmax(1).tolist()
     return sum(choices[b]==n for b,n in zip(best, names))/len(names)
 
-# %% ../nbs/52_tiny_reward.ipynb #659820ee
+# %% ../nbs/52_tiny_reward.ipynb #4646d8a5
+def measure_tiny(
+    emoji:Emoji,
+    names:list[str],         # Things to draw
+    seeds:int=4,             # Pictures of each
+    guidance_scales:tuple[float,...]=(1.,3.),
+)->list[dict]:               # A row each: source, guidance_scale, top1 under each CLIP, diversity
+    "Retrieval and diversity of generated pictures beside real ones."
+    from draft_nb.metrics import diversity
+    import open_clip
+
+    from draft_nb.models import asset, load
+    from draft_nb.rewards import load_reward
+    from draft_nb.sampler import sample
+    model,judge = load('tiny', adapter=None),load_reward('tiny-judge')
+    clips = {n:open_clip.create_model(f"local-dir:{asset('rewards')/n}", precision='fp32').eval() for n in TOWERS}
+    tokenizer = model.pipe.tokenizer
+    def row(images, own, **about): # images (P,S,3,64,64), own (P,) names
+        flat = images.flatten(0,1)
+        every = [n for n in own for _ in range(images.shape[1])]
+        with torch.no_grad(): features = judge.features(flat).view(*images.shape[:2], -1)
+        found = {f'top1_{n}':top1(c, flat, every, emoji.names, tokenizer) for n,c in clips.items()}
+        return dict(**about, **found, diversity=diversity(features).mean().item() if images.shape[1]>1 else None)
+    held = emoji.where(held_out=True)
+    white = [Picture(i, 'white', None) for i in held]
+    rows = [row(paint(emoji, white)[:,None], [emoji.meta[i]['name'] for i in held], source='real, held out')]
+    rng = random.Random(0)
+    many = [Picture(rng.choice(emoji.where(name=n)), rng.choice(list(COLOURS)), None) for n in names for _ in range(seeds)]
+    moved = paint(emoji, many, random_affine(len(many), torch.Generator().manual_seed(0)))
+    rows.append(row(moved.view(len(names), seeds, 3, 64, 64), names, source='real, as trained on'))
+    for g in guidance_scales:
+        images = torch.cat([sample(model, [describe(n)]*seeds, guidance_scale=g, steps=20, seed=list(range(seeds))).images for n in names])
+        rows.append(row(images.view(len(names), seeds, 3, 64, 64), names, source='generated', guidance_scale=g))
+    return rows
+
+# %% ../nbs/52_tiny_reward.ipynb #abc04a9e
 def train_tiny(
     folder:str|Path,          # Gets `tiny` (the pipeline) and `rewards/tiny`, `rewards/tiny-judge`
     data:str|Path='data',     # Holds `emoji.webp`, see `draft_nb.tiny_data`

@@ -46,7 +46,7 @@ def test_every_field_has_help_and_a_flag():
     (["dance"], "unknown command 'dance'; known: train, sample, app"),
     (["train", "--grad_steps", "0"], "grad_steps must be at least 1; got 0"),
     (["train", "--kl_reduction", "max"], "kl_reduction must be one of sum, mean; got 'max'"),
-    (["train", "--grad_steps", "21"], "grad_steps must lie in 0..20"),
+    (["train", "--grad_steps", "11"], "grad_steps must lie in 0..10"),
     (["train", "--reward", "beauty"], "unknown reward 'beauty'"),
     (["train", "--model", "nothing"], "prompts must be given"),
     (["train", "--prompts", "nothing.txt"], "there is no nothing.txt"),

@@ -143,7 +143,7 @@ def test_a_fully_trained_model_is_saved_as_a_pipeline(tmp_path):
             p.mul_(1.01)
     model.save(tmp_path)
     again = load(str(tmp_path), adapter=None)
-    assert torch.equal(sample(again, PROMPTS, steps=2, guidance_scale=3.).images, sample(model, PROMPTS, steps=2).images)
+    assert torch.equal(sample(again, PROMPTS, steps=2, guidance_scale=7.5).images, sample(model, PROMPTS, steps=2, guidance_scale=7.5).images)
     base = sample(model, PROMPTS, weight="base", steps=2).images
     assert torch.equal(base, sample(load("tiny", adapter=None), PROMPTS, steps=2).images)
 
@@ -199,6 +199,8 @@ def test_refusals(model, tmp_path):
         model.encode([3])
     with pytest.raises(ValueError, match="carries no adapter"):
         sample(load("tiny", adapter=None), PROMPTS, weight="linear", steps=2)
+    with pytest.raises(ValueError, match="rank must be at least 1; got 0"):
+        load("tiny", rank=0)
     with pytest.raises(ValueError, match="nothing to save"):
         load("tiny", adapter=None).save(tmp_path)
 
