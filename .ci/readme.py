@@ -50,7 +50,7 @@ def render(path=ROOT/"nbs"/"index.ipynb"):
     "The text of README.md."
     exporter = MarkdownExporter()
     # plain text rather than a data frame's HTML: GitHub drops the style sheet and shows its rules as text
-    exporter.register_filter("filter_data_type", lambda out: [t for t in ("text/markdown", "text/plain") if t in out])
+    exporter.register_filter("filter_data_type", lambda out: [t for t in ("text/markdown", "text/plain") if t in out][:1])
     text, _ = exporter.from_notebook_node(prepare(nbformat.read(path, as_version=4)))
     text = re.sub(r"\n{3,}", "\n\n", relink(text)).strip()
     return NOTE + "\n".join(line.rstrip() for line in text.split("\n")) + "\n"

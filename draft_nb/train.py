@@ -408,11 +408,12 @@ def _begin_folder(folder:Path, model, reward, config:DRaFTConfig)->None:
     write_aside(folder/'config.yaml', lambda p: p.write_text(yaml.safe_dump(about, sort_keys=False)))
 
 def _save_pictures(path:Path, prompts, base, tuned, base_rewards, rewards)->None:
-    "Base above tuned, the first picture of each prompt, rewards underneath."
+    "Base above tuned, one picture a prompt, each of another seed, rewards underneath."
     from draft_nb import plots
     n = min(8, len(prompts))
-    captions = {'base':[f'{r:.3g}' for r in base_rewards[:n,0].tolist()], 'aligned':[f'{r:.3g}' for r in rewards[:n,0].tolist()]}
-    fig = plots.picture_rows({'base':base[:n,0], 'aligned':tuned[:n,0]}, captions=captions, column_titles=list(prompts[:n]))
+    at = torch.arange(n),torch.arange(n)%base.shape[1]
+    captions = {'base':[f'{r:.3g}' for r in base_rewards[at].tolist()], 'aligned':[f'{r:.3g}' for r in rewards[at].tolist()]}
+    fig = plots.picture_rows({'base':base[at], 'aligned':tuned[at]}, captions=captions, column_titles=list(prompts[:n]))
     plots.save_figure(fig, path)
 
 def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, base, tuned, base_rewards, rewards)->None:
