@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Weight', 'base', 'draft', 'linear', 'constant', 'power', 'step', 'table', 'parse_weight', 'weight_name', 'weights_at',
-           'blend', 'blended']
+           'blend', 'everywhere', 'blended']
 
 # %% ../nbs/00_anneal.ipynb #29f9e41b
 from collections.abc import Callable, Sequence
@@ -170,12 +170,21 @@ def blend(
     return ((1-w)*base + w*tuned).to(base.dtype)
 
 # %% ../nbs/00_anneal.ipynb #c30fe11d
+def everywhere(
+    w:float|Tensor, # Number, or (B,) with one weight an image
+    value:float,    # 0 or 1: one of the two predictions is not needed
+)->bool:
+    "Whether every image has this weight."
+    return bool((w==value).all()) if isinstance(w, Tensor) else w==value
+
+# %% ../nbs/00_anneal.ipynb #13a3573e
 def blended(
     base:Callable[[Tensor,Tensor], Tensor],  # (x, t) -> prediction of the base
     tuned:Callable[[Tensor,Tensor], Tensor], # (x, t) -> prediction of the tuned model
 )->Callable:                                 # predict(x, t, w=1.) -> prediction
     "One `predict(x, t, w)` from two denoisers."
     def predict(x, t, w=1.):
-        if not isinstance(w, Tensor) and w in (0,1): return (tuned if w else base)(x, t)
+        if everywhere(w, 1): return tuned(x, t)
+        if everywhere(w, 0): return base(x, t)
         return blend(base(x, t), tuned(x, t), w)
     return predict

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .adapters import add_lora, base_of, lora_layers, lora_state, trainable, unfreeze
-from .anneal import blend
+from .anneal import blend, everywhere
 
 # %% ../nbs/12_models.ipynb #d336afeb
 class _ClampUnit(torch.autograd.Function):
@@ -56,10 +56,10 @@ class Denoiser:
 
     def parts(self, x:Tensor, t:Tensor, w:float|Tensor=1.)->tuple[Tensor,Tensor]:
         "The guided prediction, and the one with the prompt alone."
-        if _all(w, 1): return self._guided(self.model.network, x, t)
-        if not (_all(w, 0) or self.model.has_base): raise ValueError(f'weight must be 0 or 1 for {self.model.name}, which carries no adapter to blend with its base; got {w}')
+        if everywhere(w, 1): return self._guided(self.model.network, x, t)
+        if not (everywhere(w, 0) or self.model.has_base): raise ValueError(f'weight must be 0 or 1 for {self.model.name}, which carries no adapter to blend with its base; got {w}')
         with base_of(self.model.network, self.model.frozen) as network: base = self._guided(network, x, t)
-        if _all(w, 0): return base
+        if everywhere(w, 0): return base
         tuned = self._guided(self.model.network, x, t)
         return tuple(blend(b, d, w) for b,d in zip(base, tuned))
 
@@ -69,9 +69,6 @@ class Denoiser:
             return out,out
         without,prompted = self.model.call(network, torch.cat([x,x]), t, self.cond).chunk(2)
         return without+self.guidance_scale*(prompted-without),prompted
-
-def _all(w:float|Tensor, value:float)->bool:
-    return bool((w==value).all()) if isinstance(w, Tensor) else w==value
 
 # %% ../nbs/12_models.ipynb #80309575
 @dataclass

@@ -16,7 +16,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from .adapters import base_of, lora_layers
-from .anneal import Weight, blend, parse_weight, weights_at
+from .anneal import Weight, blend, everywhere, parse_weight, weights_at
 
 # %% ../nbs/13_pipelines.ipynb #ebb9ddd1
 class _Blend(ModelHook):
@@ -45,11 +45,9 @@ class _Blend(ModelHook):
         ask = self.fn_ref.original_forward
         if not self.running: return ask(*args, **kwargs)
         w = self.now(kwargs['timestep'] if 'timestep' in kwargs else args[1])
-        if _is(w, 1): return ask(*args, **kwargs)
+        if everywhere(w, 1): return ask(*args, **kwargs)
         with base_of(module, self.base) as network: base = (ask if network is module else network)(*args, **kwargs)
-        return base if _is(w, 0) else _mixed(base, ask(*args, **kwargs), w)
-
-def _is(w:float|Tensor, value:float)->bool: return bool((w==value).all()) if isinstance(w, Tensor) else w==value
+        return base if everywhere(w, 0) else _mixed(base, ask(*args, **kwargs), w)
 
 def _mixed(base, tuned, w:float|Tensor):
     "Blend what two networks return: a tuple, or an output with `sample`."

@@ -152,7 +152,7 @@ def test_bad_blends(tuned, w, says):
     with pytest.raises(ValueError, match=says): blend(torch.zeros(3, 4, 5, 5), tuned, w)
 
 
-@pytest.mark.parametrize("w, asked", [(0., ["base"]), (0, ["base"]), (1., ["tuned"]), (.5, ["base", "tuned"]), (torch.ones(3), ["base", "tuned"])])
+@pytest.mark.parametrize("w, asked", [(0., ["base"]), (0, ["base"]), (1., ["tuned"]), (.5, ["base", "tuned"]), (torch.ones(3), ["tuned"]), (torch.zeros(3), ["base"]), (torch.tensor([0., 1., 1.]), ["base", "tuned"])])
 def test_blended_asks_only_who_counts(w, asked):
     u, v = pair()
     calls = []
