@@ -103,7 +103,7 @@ def draft_loss(
     num_inference_steps:int|None=None, guidance_scale:float|None=None, eta:float=0., # By default the model's own
     grad_steps:int=1,          # K
     kl_coeff:float=.1, kl_reduction:str='sum', kl_on:str='guided',
-)->tuple[Tensor,dict[str,Tensor]]: # The loss to minimise; reward (B,), kl, and each part of the reward (B,), all detached
+)->tuple[Tensor,dict[str,Tensor]]: # The loss to minimise; reward (B,), kl and images (B,3,H,W), all detached
     "DRaFT+ on one batch: kl_coeff * KL - mean reward."
     predict = model.denoiser(model.encode(prompts), guidance_scale)
     noise = model.latents(len(prompts), generator=generator)
