@@ -39,7 +39,7 @@ class _Blend(ModelHook):
     def now(self, t)->float|Tensor:
         "The weight of this call."
         if self.i is None: self.i = _first_step(self.scheduler, t)
-        return self.weights[min(self.i, len(self.weights)-1)]
+        return self.weights[self.i]
 
     def new_forward(self, module:nn.Module, *args, **kwargs):
         ask = self.fn_ref.original_forward
