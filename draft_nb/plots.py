@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INK', 'FAINT', 'COLORS', 'DASHES', 'MARKERS', 'Plot', 'figure_bytes', 'save_figure', 'weight_curves',
-           'training_curves', 'picture_rows', 'tradeoff']
+           'training_curves', 'picture_rows', 'tradeoff', 'tradeoffs']
 
 # %% ../nbs/40_plots.ipynb #5eb054fa
 from collections.abc import Mapping, Sequence
@@ -290,26 +290,77 @@ def _place_labels(
         if _sides[best][2]>1: ax.annotate("", end, ax.transData.inverted().transform((x,y)), arrowprops=dict(arrowstyle="-", color="#8a8a8a", linewidth=.6, shrinkA=3, shrinkB=0))
 
 # %% ../nbs/40_plots.ipynb #f0ad52e7
-def tradeoff(
-    points:Sequence[Mapping], # name, reward, diversity; optional reward_low, reward_high, diversity_low, diversity_high
-    *, reward_label:str="mean reward",  # Of the vertical axis
-    diversity_label:str="diversity: mean distance between pictures of a prompt", # Of the horizontal axis
-    width:float=5.5,  # Inches
-    height:float=3.6, # Inches
-)->Plot:
-    "Mean reward against diversity, one labelled point a weight."
+def _groups(
+    points:list[Mapping], # Of `tradeoff`
+)->list:                  # Names of the curves, None for points of none, in order
+    return list(dict.fromkeys(p.get("group") for p in points))
+
+def _front(
+    at:list[tuple], # (diversity, reward)
+)->list[tuple]:     # Those that no other beats in both, from the left
+    "The Pareto front."
+    return sorted(a for a in at if not any(b[0]>=a[0] and b[1]>=a[1] and b!=a for b in at))
+
+def _draw_tradeoff(
+    ax,               # Axes placed by hand
+    points:list[Mapping], # Checked
+    groups:list,      # Of the whole figure: a curve looks the same in every panel
+    front:bool,       # Draw the Pareto front
+)->None:
+    "Intervals, curves, points and their names."
+    at = [(float(p["diversity"]), float(p["reward"])) for p in points]
+    lines = [o for p in points for o in _intervals(p)]
+    for a,b in lines: ax.plot(*zip(a, b), color="#8a8a8a", linewidth=.9, solid_capstyle="butt", zorder=2)
+    if front: ax.plot(*zip(*_front(at)), color=INK, linewidth=.9, linestyle=(0,(1,2)), zorder=1, label="Pareto front")
+    for j,g in enumerate(groups):
+        own,k = [o for o,p in zip(at, points) if p.get("group")==g],j%len(COLORS)
+        look = dict(color=COLORS[k], marker=MARKERS[k], zorder=3)
+        if own and g is None: ax.scatter(*zip(*own), s=26, edgecolor="white", linewidth=.6, **look)
+        elif own: ax.plot(*zip(*sorted(own)), label=g, linestyle=DASHES[k], linewidth=1, markersize=5.5, markeredgecolor="white", markeredgewidth=.6, **look)
+    ax.margins(.14, .12)
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
+    _place_labels(ax, [(str(p["name"]), *o) for p,o in zip(points, at)], lines)
+
+def _checked_points(
+    points:Sequence[Mapping], # Of `tradeoff`
+)->list[Mapping]:
     points = list(points)
     if not points: raise ValueError("points must hold at least one point; got none")
     for p in points:
         if _number(p, "reward") is None or _number(p, "diversity") is None: raise ValueError(f"points must have a finite reward and diversity; got {p.get('reward')} and {p.get('diversity')} for {p.get('name')}")
+    return points
+
+# %% ../nbs/40_plots.ipynb #4061cc5e
+def tradeoff(
+    points:Sequence[Mapping], # name, reward, diversity; optional reward_low, reward_high, diversity_low, diversity_high; group, the curve that it is on
+    *, reward_label:str="mean reward",  # Of the vertical axis
+    diversity_label:str="diversity: mean distance between pictures of a prompt", # Of the horizontal axis
+    front:bool=False, # Draw the Pareto front
+    width:float=5.5,  # Inches
+    height:float=3.6, # Inches
+)->Plot:
+    "Mean reward against diversity, one labelled point a weight."
+    return tradeoffs({reward_label:points}, diversity_label=diversity_label, front=front, width=width, height=height)
+
+def tradeoffs(
+    panels:Mapping[str,Sequence[Mapping]], # Label of the vertical axis -> points, see `tradeoff`
+    *, diversity_label:str="diversity: mean distance between pictures of a prompt", # Of the horizontal axis
+    front:bool=False, # Draw the Pareto front
+    width:float|None=None, # Inches; 4.4 a panel
+    height:float=3.6, # Inches
+)->Plot:
+    "Several rewards against the same diversity, side by side."
+    if not panels: raise ValueError("panels must hold at least one list of points; got none")
+    panels = {k:_checked_points(v) for k,v in panels.items()}
+    groups = list(dict.fromkeys(g for v in panels.values() for g in _groups(v)))
+    width,legend = width or 4.4*len(panels), .25*(groups!=[None] or front)
     fig = _figure(width, height, layout=None)
-    ax = fig.add_axes((.62/width, .48/height, 1-.75/width, 1-.6/height))
-    _dress(ax, "", diversity_label, reward_label)
-    at = [(str(p["name"]), float(p["diversity"]), float(p["reward"])) for p in points]
-    lines = [o for p in points for o in _intervals(p)]
-    for a,b in lines: ax.plot(*zip(a, b), color="#8a8a8a", linewidth=.9, solid_capstyle="butt", zorder=2)
-    ax.scatter([x for _,x,_ in at], [y for *_,y in at], s=26, color=COLORS[0], edgecolor="white", linewidth=.6, zorder=3)
-    ax.margins(.14, .12)
-    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())
-    _place_labels(ax, at, lines)
+    each = width/len(panels)
+    for j,(label,points) in enumerate(panels.items()):
+        ax = fig.add_axes(((.62+j*each)/width, (.48+legend)/height, (each-.75)/width, 1-(.6+legend)/height))
+        _dress(ax, "", diversity_label, label)
+        _draw_tradeoff(ax, points, groups, front)
+    if legend:
+        handles,labels = zip(*{l:(h,l) for ax in fig.axes for h,l in zip(*ax.get_legend_handles_labels())}.values())
+        _legend(fig, (handles, labels), "lower center", min(4, len(labels)))
     return fig

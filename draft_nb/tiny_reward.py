@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'clip_config', 'make_clip', 'describes', 'contrastive_loss', 'roughen', 'fit_clip', 'save_clip', 'top1',
-           'measure_tiny', 'train_tiny']
+           'measure_tiny', 'measure_following', 'train_tiny']
 
 # %% ../nbs/52_tiny_reward.ipynb #3c590f9a
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .tiny_data import COLOURS, Caption, Emoji, Picture, describe, draw_batch, load_emoji, paint, random_affine
+from .tiny_data import COLOURS, Caption, Emoji, STYLES, Picture, describe, draw_batch, load_emoji, paint, random_affine
 from .tiny_model import assemble, fit_boxed, fit_denoiser, fit_vae, make_text_encoder, make_tokenizer, save_half, token_ids
 
 # %% ../nbs/52_tiny_reward.ipynb #ba7ba093
@@ -179,7 +179,37 @@ def measure_tiny(
         rows.append(row(images.view(len(names), seeds, 3, 64, 64), names, source='generated', guidance_scale=g))
     return rows
 
-# %% ../nbs/52_tiny_reward.ipynb #abc04a9e
+# %% ../nbs/52_tiny_reward.ipynb #e6a5594f
+@torch.no_grad()
+def measure_following(
+    emoji:Emoji,
+    names:list[str],           # Things to draw
+    guidance_scale:float=3.,
+)->dict[str,float]:            # Shares in [0,1]
+    "Whether the background is the one that was asked for (by its corners), and the style (by both CLIPs, beside real drawings)."
+    from draft_nb.models import load
+    from draft_nb.rewards import load_reward
+    from draft_nb.sampler import sample
+    model,eyes = load('tiny', adapter=None),{n:load_reward(n) for n in TOWERS}
+    tints = torch.tensor(list(COLOURS.values())).float()/255
+    def share(hits): return sum(hits)/len(hits)
+    def styles(reward, images, things): # for each picture, which style its caption would name
+        return torch.stack([reward(images, [describe(t, o, 'white') for t in things]) for o in STYLES]).argmax(0).tolist()
+    background,drawn,real = [],{n:[] for n in eyes},{n:[] for n in eyes}
+    for k,c in enumerate(COLOURS):
+        x = sample(model, [describe(n, background=c) for n in names], guidance_scale=guidance_scale, steps=20, seed=k).images
+        corner = torch.stack([x[...,:5,:5], x[...,:5,-5:], x[...,-5:,:5], x[...,-5:,-5:]]).mean((-1,-2)).median(0).values
+        background += ((corner[:,None]-tints).norm(dim=-1).argmin(1)==k).tolist()
+    for k,o in enumerate(STYLES):
+        x = sample(model, [describe(n, o, 'white') for n in names], guidance_scale=guidance_scale, steps=20, seed=k).images
+        rows = emoji.where(style=o)[:40]
+        own = paint(emoji, [Picture(i, 'white', None) for i in rows])
+        for n,r in eyes.items():
+            drawn[n] += [v==k for v in styles(r, x, names)]
+            real[n] += [v==k for v in styles(r, own, [emoji.meta[i]['name'] for i in rows])]
+    return dict(background=share(background), chance_style=1/len(STYLES), **{f'style_{n}':share(v) for n,v in drawn.items()}, **{f'style_real_{n}':share(v) for n,v in real.items()})
+
+# %% ../nbs/52_tiny_reward.ipynb #f763b02e
 def train_tiny(
     folder:str|Path,          # Gets `tiny` (the pipeline) and `rewards/tiny`, `rewards/tiny-judge`
     data:str|Path='data',     # Holds `emoji.webp`, see `draft_nb.tiny_data`

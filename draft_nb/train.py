@@ -4,31 +4,40 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'DRaFTConfig', 'resolve', 'draft_loss', 'evaluate', 'Run', 'write_aside', 'checkpoints', 'save_checkpoint',
-           'newest_checkpoint', 'deal', 'check_space', 'check_run', 'make_optimizer', 'write_history', 'read_history',
-           'fit', 'model_card']
+           'newest_checkpoint', 'deal', 'check_space', 'check_run', 'make_optimizer', 'picture_generators',
+           'average_gradients', 'steered', 'write_history', 'read_history', 'shard', 'whole', 'dealt', 'alarms',
+           'validation', 'standardised', 'fit', 'model_card']
 
 # %% ../nbs/30_train.ipynb #3ab88559
+import copy
 import csv
 import math
 import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
+from .estimators import estimators, parse_estimator
 from .kl import gaussian_kl
-from .metrics import diversity
-from .sampler import denoise, sample
+from .metrics import contrast, diversity, saturation
+from .sampler import count_steps, denoise, sample
 
 # %% ../nbs/30_train.ipynb #18a15937
 @dataclass(frozen=True)
@@ -41,8 +50,12 @@ class DRaFTConfig:
     num_inference_steps:int|None=None       # T, denoising steps; by default the model's own
     guidance_scale:float|None=None          # Classifier-free guidance; by default the model's own
     eta:float=0.                            # Noise of DDIM's steps, 0 (none) to 1
-    grad_steps:int=1                        # K, the last steps, which carry gradient; 1 to T
+    estimator:str='last_k'                  # Which part carries gradient: last_k (DRaFT), random_k (AlignProp), draft_lv, refl or drtune
+    grad_steps:int=1                        # K, the last steps, which carry gradient; 1 to T. At most so many of random_k, even distances of drtune
+    lv_samples:int=2                        # How often draft_lv repeats the last step
+    stop_within:float|None=None              # refl and drtune stop in this last part of the steps; by default 0.25 and 0.4
     kl_coeff:float|None=None                # Weight of the KL, by default the model's own; 0 does not run the base at all
+    target_kl:float|None=None               # Steer kl_coeff so that the KL comes to this; by default kl_coeff stays
     kl_reduction:str='sum'                  # Over the K steps: sum or mean
     kl_on:str='guided'                      # Which prediction the KL compares: guided or conditional
     learning_rate:float|None=None           # Of AdamW; by default the model's own
@@ -54,33 +67,40 @@ class DRaFTConfig:
     max_grad_norm:float=10.                 # Longer gradients are shortened to this
     optimizer:str='adamw'                   # adamw, or adamw8bit (needs bitsandbytes)
     mixed_precision:str='no'                # no, bf16 or fp16, see accelerate
-    gradient_checkpointing:bool|None=None   # Recompute activations in backward; by default above 100 M parameters
+    gradient_checkpointing:bool|None=None   # Recompute activations of denoiser and VAE in backward; by default above 100 M parameters
+    vae_slicing:bool=False                  # Decode one picture after the other
+    offload_text_encoders:bool=False        # Encode all prompts first, then keep the text encoders on the CPU
+    sharded:bool=False                      # Deal weights, gradients and the optimizer's state out over all processes (FSDP)
     ema_decay:float|None=None               # Average the weights, for example 0.99
     seed:int=0                              # Of noise and prompt order
     checkpoint_every:int=20                 # Optimizer steps
     keep_checkpoints:int=2                  # Newest ones that are kept
     resume:bool=False                       # Go on from the newest whole checkpoint of output_dir
     sample_every:int=20                     # Optimizer steps between evaluations
-    sample_prompts:tuple[str,...]=()        # Prompts of the evaluations; by default the first eight of the training's
+    sample_prompts:tuple[str,...]=()        # Prompts of the evaluations; by default a fifth of the prompts, at most eight, that are then not trained on
     sample_seeds:int=4                      # Pictures of each in an evaluation
-    log_with:str|None=None                  # Anything that accelerate tracks with; by default tensorboard where it is installed
+    patience:int|None=None                  # End after so many evaluations in a row with a better reward and a worse judge; by default never
+    diversity_floor:float=.5                # Warn below this share of the base's diversity
+    drift:float=.3                          # Warn when saturation or contrast leave the base's by more than this share
+    log_with:str|None=None                  # Anything that accelerate tracks with, or none; by default tensorboard where it is installed
 
     def __post_init__(self):
         object.__setattr__(self, 'sample_prompts', tuple(self.sample_prompts))
         for name,rule,ok in _rules:
             value = getattr(self, name)
             if value is not None and not ok(value): raise ValueError(f'{name} must be {rule}; got {value!r}')
+        parse_estimator(self.estimator, self.grad_steps, self.lv_samples, self.stop_within)
 
 # %% ../nbs/30_train.ipynb #a65bad31
 def _one_of(*names): return f'one of {", ".join(names)}', lambda v: v in names
 def _at_least(least): return f'at least {least}', lambda v: v>=least
 _rules = [
-    *[(n, *_at_least(1)) for n in ('max_steps','batch_size','gradient_accumulation_steps','num_inference_steps','grad_steps',
-                                   'checkpoint_every','keep_checkpoints','sample_every','sample_seeds')],
+    *[(n, *_at_least(1)) for n in ('max_steps','batch_size','gradient_accumulation_steps','num_inference_steps','grad_steps','lv_samples',
+                                   'checkpoint_every','keep_checkpoints','sample_every','sample_seeds','patience')],
     *[(n, *_at_least(0)) for n in ('kl_coeff','lr_warmup_steps','weight_decay','guidance_scale')],
-    *[(n, 'greater than 0', lambda v: v>0) for n in ('learning_rate','max_grad_norm')],
+    *[(n, 'greater than 0', lambda v: v>0) for n in ('learning_rate','max_grad_norm','target_kl','drift')],
     *[(n, 'in [0,1)', lambda v: 0<=v<1) for n in ('adam_beta1','adam_beta2','ema_decay')],
-    ('eta', 'in [0,1]', lambda v: 0<=v<=1),
+    ('eta', 'in [0,1]', lambda v: 0<=v<=1), ('diversity_floor', 'in [0,1]', lambda v: 0<=v<=1), ('stop_within', 'in (0,1]', lambda v: 0<v<=1), ('estimator', *_one_of(*estimators)),
     ('kl_reduction', *_one_of('sum','mean')), ('kl_on', *_one_of('guided','conditional')),
     ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
 ]
@@ -101,22 +121,34 @@ def draft_loss(
     prompts:Sequence[str],     # B prompts
     *, generator:torch.Generator,   # Of the noise
     num_inference_steps:int|None=None, guidance_scale:float|None=None, eta:float=0., # By default the model's own
-    grad_steps:int=1,          # K
+    estimator:str|Callable='last_k', # Name, or (T, generator) -> `Plan`
+    grad_steps:int=1, lv_samples:int=2, stop_within:float|None=None, # The estimator's own, see `DRaFTConfig`
+    draws:torch.Generator|None=None, # Of the estimator's choices; by default `generator`
     kl_coeff:float=.1, kl_reduction:str='sum', kl_on:str='guided',
-)->tuple[Tensor,dict[str,Tensor]]: # The loss to minimise; reward (B,), kl and images (B,3,H,W), all detached
+)->tuple[Tensor,dict[str,Tensor]]: # The loss to minimise; reward (B,), kl, images (B,3,H,W) and parts (of a combined reward, by name), all detached
     "DRaFT+ on one batch: kl_coeff * KL - mean reward."
     predict = model.denoiser(model.encode(prompts), guidance_scale)
     noise = model.latents(len(prompts), generator=generator)
-    tuned,base = [],[]
-    for s in denoise(predict, noise, model.scheduler, steps=num_inference_steps or model.steps, grad_steps=grad_steps,
-                     with_base=kl_coeff>0, kl_on=kl_on, eta=eta, generator=generator if eta else None):
-        if kl_coeff>0 and s.i>=s.T-grad_steps: tuned.append(s.epsilon); base.append(s.epsilon_base)
-    images = model.decode(s.prev)
-    scores = reward(images, prompts)
+    steps = num_inference_steps or model.steps
+    schedule = model.timesteps_kwargs(noise, steps)
+    T = count_steps(model.scheduler, steps, **schedule)
+    plan = parse_estimator(estimator, grad_steps, lv_samples, stop_within)(T, draws or generator)
+    tuned,base,ends = [],[],[]
+    for s in denoise(predict, noise, model.scheduler, steps=steps, **vars(plan), with_base=kl_coeff>0, kl_on=kl_on,
+                     eta=eta, generator=generator if eta or plan.renoise else None, **schedule):
+        if s.compared_base is not None: tuned.append(s.epsilon); base.append(s.epsilon_base)
+        if s.i==(plan.stop or T)-1: ends.append(s.x0 if plan.stop else s.prev)
+    images = [model.decode(x) for x in ends]
+    scored = [_with_parts(reward, o, prompts) for o in images]
+    scores = torch.stack([s for s,_ in scored]).mean(0)
     kl = gaussian_kl(torch.stack(tuned), torch.stack(base), reduction=kl_reduction) if tuned else scores.new_zeros(())
-    return kl_coeff*kl-scores.mean(), dict(reward=scores.detach(), kl=kl.detach(), images=images.detach())
+    return kl_coeff*kl-scores.mean(), dict(reward=scores.detach(), kl=kl.detach(), images=images[0].detach(), parts={n:v.detach() for n,v in scored[0][1].items()})
 
-# %% ../nbs/30_train.ipynb #f1e1c201
+def _with_parts(reward:Callable, images:Tensor, prompts:Sequence[str])->tuple[Tensor,dict[str,Tensor]]:
+    "The score, and the parts' of a combination."
+    return reward.with_parts(images, prompts) if getattr(reward, 'parts', ()) else (reward(images, prompts), {})
+
+# %% ../nbs/30_train.ipynb #01f920c5
 @torch.no_grad()
 def evaluate(
     model,
@@ -141,9 +173,10 @@ def evaluate(
     if eyes is not None and seeds>1:
         features = torch.cat([eyes(images[k:k+chunk].to(model.device)).cpu() for k in range(0, len(rows), chunk)])
         result['diversity'] = diversity(features.view(len(prompts), seeds, -1)).mean().item()
+    result |= dict(saturation=saturation(images).mean().item(), contrast=contrast(images).mean().item())
     return result, images.view(len(prompts), seeds, *images.shape[1:]), rewards.view(len(prompts), seeds)
 
-# %% ../nbs/30_train.ipynb #01f920c5
+# %% ../nbs/30_train.ipynb #92fd8a87
 @dataclass
 class Run:
     "A training run: its folder, its history, and what it did to reward, judge and diversity."
@@ -162,7 +195,7 @@ class Run:
         picture = self.folder/'curves.png'
         return picture.read_bytes() if picture.is_file() else None
 
-# %% ../nbs/30_train.ipynb #1266c442
+# %% ../nbs/30_train.ipynb #36f7f45d
 def write_aside(
     path:Path,
     write:Callable[[Path],None], # Writes the file that it is given
@@ -196,7 +229,7 @@ def newest_checkpoint(
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError): continue
     return None
 
-# %% ../nbs/30_train.ipynb #13a394a5
+# %% ../nbs/30_train.ipynb #ee3ddb17
 def deal(
     prompts:Sequence[str],
     position:int,  # Number of the batch, counted over all processes
@@ -210,7 +243,7 @@ def deal(
         return prompts[order[place]]
     return [at(position*batch_size+k) for k in range(batch_size)]
 
-# %% ../nbs/30_train.ipynb #ccdf9ce8
+# %% ../nbs/30_train.ipynb #6257ef6a
 def check_space(
     folder:Path,  # Need not exist yet
     needed:int,   # Bytes
@@ -220,7 +253,19 @@ def check_space(
     free = shutil.disk_usage(there).free
     if free<needed: raise ValueError(f'output_dir must have {needed/1e6:.0f} MB free for weights and checkpoints; {there} has {free/1e6:.0f} MB')
 
-# %% ../nbs/30_train.ipynb #20107c03
+# %% ../nbs/30_train.ipynb #9766c48c
+def _check_steps(model, config:DRaFTConfig)->None:
+    "Refuse an estimator, a scheduler and steps that do not go together; the model is not asked."
+    steps = config.num_inference_steps or model.steps
+    generator = torch.Generator().manual_seed(0)
+    noise = model.latents(1, generator=generator)
+    schedule = model.timesteps_kwargs(noise, steps)
+    estimator = parse_estimator(config.estimator, config.grad_steps, config.lv_samples, config.stop_within)
+    plan = estimator(count_steps(model.scheduler, steps, **schedule), generator)
+    denoise(lambda x,t,w: x, noise, model.scheduler, steps=steps, **vars(plan), eta=config.eta,
+            generator=generator if config.eta or plan.renoise else None, **schedule)
+
+# %% ../nbs/30_train.ipynb #b4f2a9b0
 def check_run(
     model, reward, prompts:Sequence[str], config:DRaFTConfig,
 )->list[str]: # The prompts as a list
@@ -228,9 +273,9 @@ def check_run(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts: raise ValueError('prompts must hold at least one text; got none')
     if not model.parameters(): raise ValueError("model must have something to train; load it with adapter='lora' or 'full'")
-    denoise(lambda x,t,w: x, torch.zeros(1,1,1,1), model.scheduler, steps=config.num_inference_steps or model.steps, grad_steps=config.grad_steps)
+    _check_steps(model, config)
     if not getattr(reward, 'differentiable', True): raise ValueError(f'reward must be differentiable to be trained against; {reward.name} is not')
-    size = model.network.config.sample_size*model.pipe.vae_scale_factor
+    size = model.latent_shape[-1]*model.pipe.vae_scale_factor
     probe = torch.full((1,3,size,size), .5, device=model.device).requires_grad_()
     with torch.enable_grad(): score = reward(probe, [prompts[0]])
     if not score.requires_grad: raise ValueError(f'reward must carry a gradient to be trained against; {getattr(reward, "name", reward)} does not')
@@ -242,14 +287,15 @@ def check_run(
 
 def _check_resumed(folder:Path, config:DRaFTConfig)->None:
     "A resumed run must be the same run."
-    free = {'resume','max_steps','output_dir','keep_checkpoints','checkpoint_every','sample_every','log_with'}
+    free = {'resume','max_steps','output_dir','keep_checkpoints','checkpoint_every','sample_every','log_with','patience','diversity_floor','drift',
+            'gradient_checkpointing','vae_slicing','offload_text_encoders','sharded'}
     old = yaml.safe_load((folder/'config.yaml').read_text())
     changed = [f'{k}: {old[k]!r} -> {v!r}' for k,v in _plain(config).items() if k not in free and k in old and old[k]!=v]
     if changed: raise ValueError(f'a resumed run must keep its configuration; changed: {"; ".join(changed)}')
 
 def _plain(config:DRaFTConfig)->dict: return {k:list(v) if isinstance(v, tuple) else v for k,v in asdict(config).items()}
 
-# %% ../nbs/30_train.ipynb #b4f2a9b0
+# %% ../nbs/30_train.ipynb #5475a0b5
 def make_optimizer(
     parameters:list[nn.Parameter], config:DRaFTConfig,
 )->torch.optim.Optimizer:
@@ -260,7 +306,7 @@ def make_optimizer(
     import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
-# %% ../nbs/30_train.ipynb #82d6cab4
+# %% ../nbs/30_train.ipynb #a46f22d9
 @dataclass
 class _Training:
     "What a run carries from step to step."
@@ -274,45 +320,84 @@ class _Training:
     step:int=0
     skipped:int=0      # Steps whose loss or gradient was not finite, in a row
     average:list|None=None # Of the weights, see `ema_decay`
+    kl_coeff:float=0.  # As it stands, see `target_kl`
+    worse:int=0        # Evaluations in a row with a better reward and a worse judge
+    best:dict=field(default_factory=dict) # The evaluation with the best judge
+    outline:nn.Module|None=None # The network in one piece but empty, where it is dealt out, see `shard`
 
     def state(self)->dict:
+        "What a checkpoint holds; every process asks, the main one gets it."
         params = [p.detach() for p in self.model.parameters()]
-        return dict(step=self.step, parameters=params, optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(), average=self.average)
+        state = dict(step=self.step, processes=self.accelerator.num_processes, parameters=params, optimizer=self.optimizer.state_dict(),
+                     schedule=self.schedule.state_dict(), average=self.average, kl_coeff=self.kl_coeff, worse=self.worse, best=self.best)
+        return tree_map(lambda v: whole(v, self.accelerator.is_main_process), state)
 
     def load(self, state:dict)->None:
+        n,params,optimizer = self.accelerator.num_processes,self.model.parameters(),state['optimizer']
+        if n!=state['processes']: raise ValueError(f'a resumed run must keep its number of processes, {state["processes"]}; got {n}')
         with torch.no_grad():
-            for p,q in zip(self.model.parameters(), state['parameters'], strict=True): p.copy_(q)
-        self.optimizer.load_state_dict(state['optimizer']); self.schedule.load_state_dict(state['schedule'])
-        self.step,self.average = state['step'],state['average']
+            for p,q in zip(params, state['parameters'], strict=True): p.copy_(dealt(q, p))
+        parts = {k:{name:dealt(v, params[k]) if name!='step' else v for name,v in part.items()} for k,part in optimizer['state'].items()}
+        self.optimizer.load_state_dict({**optimizer, 'state':parts}); self.schedule.load_state_dict(state['schedule'])
+        self.average = state['average'] and [dealt(q, p).to(p.device) for p,q in zip(params, state['average'], strict=True)]
+        self.step,self.kl_coeff,self.worse,self.best = (state[k] for k in ('step','kl_coeff','worse','best'))
 
-# %% ../nbs/30_train.ipynb #5475a0b5
+# %% ../nbs/30_train.ipynb #834b2fb2
+def picture_generators(
+    seed:int,       # Of the run
+    position:int,   # Number of the batch, counted over all processes
+    batch_size:int,
+)->list[torch.Generator]: # One a picture
+    "Noise that belongs to a picture, not to a batch: two processes with half the batch draw the same."
+    return [torch.Generator().manual_seed(seed*1_000_003+position*batch_size+k) for k in range(batch_size)]
+
 def _one_step(run:_Training)->dict[str,float]:
     "One optimizer step; returns its row of the history."
     c,acc,params = run.config,run.accelerator,run.model.parameters()
     began,rows = time.perf_counter(),[]
     for micro in range(c.gradient_accumulation_steps):
         position = ((run.step*c.gradient_accumulation_steps)+micro)*acc.num_processes+acc.process_index
-        generator = torch.Generator().manual_seed(c.seed*1_000_003+position)
+        draws = torch.Generator().manual_seed(2**31+c.seed*1_000_003+position//acc.num_processes)
+        prompts = deal(run.prompts, position, c.batch_size, c.seed)
         with acc.autocast():
-            loss,parts = draft_loss(run.model, run.reward, deal(run.prompts, position, c.batch_size, c.seed), generator=generator,
-                num_inference_steps=c.num_inference_steps, guidance_scale=c.guidance_scale, eta=c.eta, grad_steps=c.grad_steps,
-                kl_coeff=c.kl_coeff, kl_reduction=c.kl_reduction, kl_on=c.kl_on)
+            loss,parts = draft_loss(run.model, run.reward, prompts, generator=picture_generators(c.seed, position, c.batch_size),
+                num_inference_steps=c.num_inference_steps, guidance_scale=c.guidance_scale, eta=c.eta,
+                estimator=c.estimator, grad_steps=c.grad_steps, lv_samples=c.lv_samples, stop_within=c.stop_within, draws=draws,
+                kl_coeff=run.kl_coeff, kl_reduction=c.kl_reduction, kl_on=c.kl_on)
         acc.backward(loss/c.gradient_accumulation_steps)
-        rows.append(dict(loss=loss.detach(), kl=parts['kl'], reward=parts['reward'].mean(), reward_std=parts['reward'].std(correction=0)))
-    if acc.num_processes>1:
-        for p in params: p.grad = acc.reduce(p.grad, 'mean')
+        rows.append(dict(loss=loss.detach(), kl=parts['kl'], reward=parts['reward'].mean(), reward_std=parts['reward'].std(correction=0)) | {f'reward_{n}':v.mean() for n,v in parts['parts'].items()})
+    average_gradients(params, acc)
     norm = acc.clip_grad_norm_(params, c.max_grad_norm)
     row = {k:acc.reduce(torch.stack([r[k] for r in rows]).mean().float(), 'mean').item() for k in rows[0]}
-    row |= dict(grad_norm=float(norm), lr=run.optimizer.param_groups[0]['lr'])
+    row |= dict(grad_norm=float(whole(norm)), lr=run.optimizer.param_groups[0]['lr'], kl_coeff=run.kl_coeff)
     good = math.isfinite(row['loss']) and math.isfinite(row['grad_norm'])
-    if good: run.optimizer.step()
+    if good or acc.scaler: run.optimizer.step() # fp16's scaler skips by itself, and lowers its scale
     run.skipped = 0 if good else run.skipped+1
     run.optimizer.zero_grad(); run.schedule.step(); run.step += 1
+    if good and c.target_kl: run.kl_coeff = steered(run.kl_coeff, row['kl'], c.target_kl)
     if good and run.average is not None:
         torch._foreach_lerp_(run.average, [p.detach() for p in params], 1-min(c.ema_decay, run.step/(run.step+10)))
     return dict(step=run.step, **row, skipped=run.skipped, seconds=time.perf_counter()-began)
 
-# %% ../nbs/30_train.ipynb #a46f22d9
+def average_gradients(
+    parameters:list[nn.Parameter], accelerator:Accelerator,
+)->None:
+    "Mean of the gradients over all processes, as one tensor; of weights that are dealt out they are averaged already."
+    if accelerator.num_processes==1 or isinstance(parameters[0], DTensor): return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), 'mean')
+    for p,g in zip(parameters, flat.split([g.numel() for g in grads])): p.grad = g.view_as(p)
+
+# %% ../nbs/30_train.ipynb #16571890
+def steered(
+    kl_coeff:float, # As it was
+    kl:float,       # As measured
+    target:float,   # As wanted, > 0
+)->float:
+    "A proportional controller in log space (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."
+    return kl_coeff*(1+.1*min(.2, max(-.2, kl/target-1)))
+
+# %% ../nbs/30_train.ipynb #a09921f7
 class _Averaged:
     "Inside the block the model carries the averaged weights."
     def __init__(self, run:_Training): self.run = run
@@ -323,7 +408,8 @@ class _Averaged:
     def __enter__(self): self._swap()
     def __exit__(self, *_): self._swap()
 
-COLUMNS = ['step','loss','reward','reward_std','kl','grad_norm','lr','skipped','seconds','eval_reward','eval_judge','eval_diversity']
+COLUMNS = ['step','loss','reward','reward_std','kl','kl_coeff','grad_norm','lr','skipped','seconds',
+           *(f'eval_{k}' for k in ('reward','judge','diversity','saturation','contrast')), *(f'alarm_{k}' for k in ('judge','diversity','saturation','contrast'))]
 
 def write_history(
     folder:Path, rows:list[dict],
@@ -331,7 +417,8 @@ def write_history(
     "Write `history.csv`, aside and renamed."
     def write(path):
         with open(path, 'w', newline='') as f:
-            out = csv.DictWriter(f, COLUMNS); out.writeheader(); out.writerows(rows)
+            parts = sorted({k for r in rows for k in r}-set(COLUMNS)) # of a combined reward
+            out = csv.DictWriter(f, COLUMNS+parts); out.writeheader(); out.writerows(rows)
     write_aside(folder/'history.csv', write)
 
 def read_history(
@@ -340,71 +427,204 @@ def read_history(
     "Read `history.csv`; an empty list where there is none."
     if not (folder/'history.csv').is_file(): return []
     with open(folder/'history.csv', newline='') as f:
-        return [{k:int(v) if k in ('step','skipped') else float(v) for k,v in r.items() if v!=''} for r in csv.DictReader(f)]
+        return [{k:int(v) if k in ('step','skipped') or k.startswith('alarm_') else float(v) for k,v in r.items() if v!=''} for r in csv.DictReader(f)]
 
-# %% ../nbs/30_train.ipynb #834b2fb2
+# %% ../nbs/30_train.ipynb #c3cc71e8
+def shard(
+    network:nn.Module, # Changed in place: its parameters become `DTensor`s
+)->nn.Module:          # The network in one piece, without numbers; see `_whole_network`
+    "Deal a network out over all processes, block by block (FSDP; Zhao et al. 2023, arXiv 2304.11277)."
+    empty = {id(p):nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=p.requires_grad) for p in network.parameters()}
+    outline = copy.deepcopy(network, empty)
+    mesh = init_device_mesh(network.device.type, (torch.distributed.get_world_size(),))
+    for block in reversed([m for m in network.modules() if type(m).__name__ in network._no_split_modules]): fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    return outline
+
+def whole(
+    value,          # A tensor, or anything else, which is returned as it is
+    keep:bool=True, # Whether this process wants it; all have to ask
+):
+    "What is dealt out in one piece, on the CPU."
+    if not isinstance(value, DTensor): return value
+    full = value.full_tensor()
+    return full.cpu() if keep else None
+
+def dealt(
+    value:Tensor, # In one piece
+    like:Tensor,  # Of the same shape, dealt out or not
+)->Tensor:
+    "This process's part of a tensor, if that is how the other one is kept."
+    if not isinstance(like, DTensor): return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+@contextmanager
+def _whole_network(run:_Training)->Iterator[None]:
+    "Inside the block the main process has its network in one piece, on the CPU, to be saved."
+    if run.outline is None:
+        yield
+        return
+    model,main = run.model,run.accelerator.is_main_process
+    parts = model.network
+    numbers = {k:whole(v, main) for k,v in parts.state_dict().items()}
+    if main: run.outline.load_state_dict(numbers, assign=True)
+    setattr(model.pipe, model.component, run.outline)
+    try: yield
+    finally: setattr(model.pipe, model.component, parts)
+
+def _check_processes(config:DRaFTConfig, processes:int)->None:
+    "Refuse what FSDP does not go with."
+    if not config.sharded: return
+    if processes==1: raise ValueError('sharded needs at least two processes, for example torchrun --nproc_per_node 2; got one')
+    if config.optimizer!='adamw' or config.mixed_precision=='fp16': raise ValueError(f'sharded goes with optimizer adamw and mixed_precision no or bf16; got {config.optimizer} and {config.mixed_precision}')
+
+def _check_together(run:_Training)->None:
+    "All processes must have found the same checkpoint."
+    steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
+    if len({*steps})>1: raise ValueError(f'output_dir must be a folder that every process sees; they found checkpoints of the steps {steps}')
+
+# %% ../nbs/30_train.ipynb #187f55c2
+def alarms(
+    base:dict[str,float],  # Means of the base, see `evaluate`
+    best:dict[str,float],  # The evaluation with the best judge so far
+    now:dict[str,float],   # This evaluation
+    *, diversity_floor:float=.5, drift:float=.3, # See `DRaFTConfig`
+)->dict[str,str]:          # What is wrong, by name; empty if nothing is
+    "Signs that the reward is being hacked."
+    found = {}
+    if 'judge' in now and now['judge']<best['judge'] and now['reward']>best['reward']:
+        found['judge'] = f'the held-out judge fell to {now["judge"]:.4g} from {best["judge"]:.4g} while the reward rose'
+    if 'diversity' in now and now['diversity']<diversity_floor*base['diversity']:
+        found['diversity'] = f'diversity is {now["diversity"]/base["diversity"]:.0%} of the base\'s'
+    for k in 'saturation','contrast':
+        if abs(now[k]-base[k])>drift*base[k]: found[k] = f'{k} is {now[k]/base[k]:.0%} of the base\'s'
+    return found
+
+# %% ../nbs/30_train.ipynb #3f4118ba
+def validation(
+    prompts:list[str], # All prompts
+    sample_prompts:Sequence[str]=(), # Prompts for the evaluations, if they were given
+)->tuple[list[str],list[str]]: # What to train on, what to evaluate on
+    "Evaluations on prompts that are not trained on, where there are at least five."
+    if sample_prompts: return prompts,list(sample_prompts)
+    n = min(8, len(prompts)//5)
+    if not n: return prompts,prompts[:8]
+    test = prompts[::len(prompts)//n][:n]
+    return [p for p in prompts if p not in test] or prompts,test
+
+# %% ../nbs/30_train.ipynb #d02aa0de
+def standardised(
+    model,
+    reward:Callable,       # Left alone, unless it was made with normalize="base"
+    prompts:Sequence[str],
+    config:DRaFTConfig,
+)->Callable:               # A reward that is ready
+    "A combination standardised by the base's own scores: measured once, kept in `config.yaml` as `reward_stats`."
+    if getattr(reward, 'stats', None)!={}: return reward
+    about = Path(config.output_dir)/'config.yaml'
+    if config.resume and about.is_file(): return reward.with_stats(yaml.safe_load(about.read_text())['reward_stats'])
+    texts = [p for p in ([prompts] if isinstance(prompts, str) else prompts)[:16] for _ in range(2)]
+    pictures = [sample(model, texts[k:k+8], weight='base', seed=list(range(k, k+len(texts[k:k+8]))), steps=config.num_inference_steps, guidance_scale=config.guidance_scale).images for k in range(0, len(texts), 8)]
+    return reward.calibrated(torch.cat(pictures).to(model.device), texts)
+
+# %% ../nbs/30_train.ipynb #30ba9731
 def fit(
     model,                  # A `Model` with an adapter; trained in place
     reward:Callable,        # A differentiable `Reward`
     prompts:Sequence[str],  # What to train on
     config:DRaFTConfig=DRaFTConfig(),
     *, judge:Callable|None=None, # A reward that is only measured
+    on_step:Callable[[dict],object]|None=None, # Called with every row of the history; if it returns something true, the run ends there
     progress:bool=True,     # Show a bar
 )->Run:
     "Fine-tune with DRaFT+ (Clark et al. 2023; NVIDIA's DRaFT+ adds the KL) and leave a run folder."
-    config = resolve(config, model)
+    config,folder = resolve(config, model),Path(config.output_dir)
+    reward = standardised(model, reward, prompts, config)
     prompts = check_run(model, reward, prompts, config)
-    folder = Path(config.output_dir)
+    train,test = validation(prompts, config.sample_prompts)
     if config.resume and (folder/'config.yaml').exists(): _check_resumed(folder, config)
-    run = _prepare(model, reward, prompts, config)
+    run = _prepare(model, reward, train, config)
     main = run.accelerator.is_main_process
     if main: _begin_folder(folder, model, reward, config)
-    if config.resume and (state:=newest_checkpoint(folder, model.device)): run.load(state)
+    if config.resume and (state:=newest_checkpoint(folder, 'cpu')): run.load(state)
+    _check_together(run)
+    if config.offload_text_encoders: model.park_text_encoders([*prompts, *test])
     rows = [r for r in read_history(folder) if r['step']<=run.step] if config.resume else []
-    test = list(config.sample_prompts) or prompts[:8]
-    look = lambda weight: evaluate(model, reward, test, judge=judge, weight=weight, seeds=config.sample_seeds,
-                                   steps=config.num_inference_steps, guidance_scale=config.guidance_scale) if main else ({},None,None)
+    def look(weight):
+        if not (main or config.sharded): return {},None,None
+        with _Averaged(run): return evaluate(model, reward, test, judge=judge, weight=weight, seeds=config.sample_seeds, steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
     before,base_images,base_rewards = look('base')
+    run.best = run.best or dict(before)
+    after,ending = (None if run.step<config.max_steps else look('draft')),''
     bar = tqdm(total=config.max_steps, initial=run.step, disable=not (progress and main), desc='DRaFT+', unit='step', dynamic_ncols=True)
-    after = None
-    while run.step<config.max_steps:
+    while run.step<config.max_steps and not ending:
         row = _one_step(run)
         if run.skipped>=10: raise RuntimeError(f'ten steps in a row had a loss or gradient that is not finite; the last good state is in {folder/"checkpoints"}')
-        last = run.step==config.max_steps
+        if on_step is not None and main and on_step(row): ending = 'it was asked to'
+        last = run.step==config.max_steps or _anywhere(run, ending)
         if last or run.step%config.sample_every==0:
-            with _Averaged(run): after,images,rewards = look('draft')
-            row |= {f'eval_{k}':v for k,v in after.items()}
-            if main: _save_pictures(folder/'samples'/f'step_{run.step:06d}.png', test, base_images, images, base_rewards, rewards)
+            after = look('draft')
+            if main: ending = _judge_evaluation(run, row, before, after[0], bar) or ending
+            if main: _save_pictures(folder/'samples'/f'step_{run.step:06d}.png', test, base_images, after[1], base_rewards, after[2])
+            last = last or _anywhere(run, ending)
+        ending = ending or ('another process ended' if last and run.step<config.max_steps else '')
         rows.append(row)
         if main: write_history(folder, rows)
         run.accelerator.log({k:v for k,v in row.items() if k!='step'}, step=run.step)
-        if main and not run.skipped and (last or run.step%config.checkpoint_every==0): save_checkpoint(folder, run.state(), config.keep_checkpoints)
+        if not run.skipped and (last or run.step%config.checkpoint_every==0):
+            state = run.state()
+            if main: save_checkpoint(folder, state, config.keep_checkpoints)
         bar.update(); bar.set_postfix_str(f"reward {row['reward']:.3g}±{row['reward_std']:.2g}  kl {row['kl']:.2g}  grad {row['grad_norm']:.2g}"
                                           +(f"  skipped {run.skipped}" if run.skipped else ''))
     bar.close()
-    with _Averaged(run):
-        if after is None: after,images,rewards = look('draft')
-        if main: _finish_folder(folder, run, rows, before, after, test, base_images, images, base_rewards, rewards)
-    run.accelerator.end_training()
-    return Run(folder, rows, before, after)
+    if main and run.step<config.max_steps: tqdm.write(f'the run ended after {run.step} of {config.max_steps} steps: {ending}')
+    with _Averaged(run), _whole_network(run):
+        if main: _finish_folder(folder, run, rows, before, after[0], test, base_images, after[1], base_rewards, after[2])
+    for tracker in run.accelerator.trackers: tracker.finish()
+    run.accelerator.wait_for_everyone() # until the files are there
+    return Run(folder, rows, before, after[0])
 
-# %% ../nbs/30_train.ipynb #9c73fcdc
+def _anywhere(run:_Training, ending:str)->bool:
+    "Whether any process wants to end."
+    if run.accelerator.num_processes==1: return bool(ending)
+    return run.accelerator.reduce(torch.tensor(float(bool(ending)), device=run.accelerator.device), 'sum').item()>0
+
+def _judge_evaluation(run:_Training, row:dict, before:dict, now:dict, bar)->str:
+    "Write an evaluation and its alarms into the row; returns why the run should end, if it should."
+    c = run.config
+    found = alarms(before, run.best, now, diversity_floor=c.diversity_floor, drift=c.drift)
+    row |= {f'eval_{k}':v for k,v in now.items()} | {f'alarm_{k}':int(k in found) for k in ('judge','diversity','saturation','contrast') if k in now}
+    for what in found.values(): bar.write(f'step {run.step}: {what}')
+    run.worse = run.worse+1 if 'judge' in found else 0
+    if 'judge' in now and now['judge']>=run.best['judge']: run.best = dict(now)
+    return f'the judge was below its best in {run.worse} evaluations in a row while the reward rose' if c.patience and run.worse>=c.patience else ''
+
+# %% ../nbs/30_train.ipynb #5810283e
 def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
     log_with = config.log_with or ('tensorboard' if find_spec('tensorboard') else None)
+    if log_with=='none': log_with = None
+    AcceleratorState._reset_state() # a run before this one may have had another precision
     acc = Accelerator(mixed_precision=config.mixed_precision, cpu=model.device.type=='cpu', log_with=log_with, project_dir=config.output_dir)
+    _check_processes(config, acc.num_processes)
+    acc.wait_for_everyone() # until all have looked into the folder
     big = sum(p.numel() for p in model.network.parameters())>1e8
-    if config.gradient_checkpointing or config.gradient_checkpointing is None and big: model.network.enable_gradient_checkpointing()
-    else: model.network.disable_gradient_checkpointing()
+    for part in model.network,model.pipe.vae:
+        if config.gradient_checkpointing or config.gradient_checkpointing is None and big: part.enable_gradient_checkpointing()
+        else: part.disable_gradient_checkpointing()
+    if config.vae_slicing: model.pipe.vae.enable_slicing()
+    outline = shard(model.network) if config.sharded else None
+    if config.sharded and model.frozen is not None and model.frozen.device==model.device: shard(model.frozen)
     optimizer = acc.prepare(make_optimizer(model.parameters(), config))
     schedule = get_scheduler(config.lr_scheduler, optimizer.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_steps)
     average = [p.detach().clone() for p in model.parameters()] if config.ema_decay else None
     if log_with: acc.init_trackers('draft_nb', config={k:v for k,v in _plain(config).items() if isinstance(v, (int,float,str,bool))})
-    return _Training(model, reward, prompts, config, acc, optimizer, schedule, average=average)
+    return _Training(model, reward, prompts, config, acc, optimizer, schedule, average=average, kl_coeff=config.kl_coeff, outline=outline)
 
 def _begin_folder(folder:Path, model, reward, config:DRaFTConfig)->None:
     for sub in ('samples','checkpoints'): (folder/sub).mkdir(parents=True, exist_ok=True)
     about = dict(model=model.name, reward=getattr(reward, 'name', str(reward)), **_plain(config))
+    if getattr(reward, 'stats', None): about['reward_stats'] = {k:list(v) for k,v in reward.stats.items()}
     write_aside(folder/'config.yaml', lambda p: p.write_text(yaml.safe_dump(about, sort_keys=False)))
 
 def _save_pictures(path:Path, prompts, base, tuned, base_rewards, rewards)->None:
@@ -425,24 +645,38 @@ def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, bas
     _save_pictures(folder/'before_after.png', prompts, base, tuned, base_rewards, rewards)
     write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, run.config, before, after)))
 
-# %% ../nbs/30_train.ipynb #16571890
+# %% ../nbs/30_train.ipynb #b90464eb
 def model_card(
     model, reward, config:DRaFTConfig,
     before:dict[str,float], after:dict[str,float], # Means, see `evaluate`
 )->str: # Markdown with the hub's front matter
     "What was trained, how, what it gained, and how to use it."
     table = '\n'.join(f'| {k} | {before[k]:.4g} | {after[k]:.4g} |' for k in before)
-    use = f"model = load({model.name!r}, adapter='path/to/this/folder')" if model.frozen is None else "model = load('path/to/this/folder', adapter=None)"
+    lora = model.frozen is None
+    how = config.estimator if config.estimator in ('refl','draft_lv') else f'{config.estimator}, K = {config.grad_steps}'
+    use = f"model = load({model.name!r}, adapter='path/to/this/folder')" if lora else "model = load('path/to/this/folder', adapter=None)"
+    stock = f'''
+In plain diffusers, aligned and between:
+
+```python
+from diffusers import DiffusionPipeline
+from draft_nb.pipelines import annealed
+pipe = DiffusionPipeline.from_pretrained({model.name!r})
+pipe.load_lora_weights('path/to/this/folder')
+pipe('an emoji of a fox').images[0]
+with annealed(pipe, 'linear'): pipe('an emoji of a fox').images[0]
+```
+''' if lora and '/' in model.name else ''
     return f'''---
 base_model: {model.name}
 library_name: diffusers
-tags: [text-to-image, lora, draft_nb]
+tags: [text-to-image, {'lora, ' if lora else ''}draft_nb]
 ---
 # {model.name} aligned with {getattr(reward, 'name', reward)}
 
-Fine-tuned with DRaFT+ (`draft_nb`): {config.max_steps} steps, K = {config.grad_steps}, kl_coeff = {config.kl_coeff:g}, learning rate {config.learning_rate:g}.
+Fine-tuned with DRaFT+ (`draft_nb`): {config.max_steps} steps, gradient by {how}, kl_coeff = {config.kl_coeff:g}, learning rate {config.learning_rate:g}.
 
-| on {len(config.sample_prompts) or 'the first'} prompts, {config.sample_seeds} seeds each | base | aligned |
+| on {len(config.sample_prompts) or 'a few'} prompts, {config.sample_seeds} seeds each | base | aligned |
 |---|---|---|
 {table}
 
@@ -454,4 +688,4 @@ from draft_nb.sampler import sample
 {use}
 sample(model, ['an emoji of a fox'], weight='linear')  # between base and aligned; 'draft' is the aligned model
 ```
-'''
+{stock}'''

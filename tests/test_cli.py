@@ -1,16 +1,18 @@
 "The command as an engineer types it."
+import inspect
+import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
-from draft_nb.cli import COMMANDS, field_help, main, new_folder, read_config, read_prompts
-from draft_nb.models import asset
+from draft_nb import train
+from draft_nb.cli import COMMANDS, flag_types, main, new_folder, parse_flags, read_config, train_flags
 from draft_nb.train import DRaFTConfig
 
-TINY = ["--num_inference_steps", "3", "--batch-size", "2", "--max_steps", "2", "--sample_prompts", "a fox|a rose", "--sample_seeds", "2", "--rank", "2"]
+TINY = ["--num_inference_steps", "3", "--batch-size", "2", "--max_steps", "2", "--sample_prompts", "a fox", "a rose", "--sample_seeds", "2", "--rank", "2"]
 
 
 def test_train_and_sample(tmp_path, capsys):
@@ -27,23 +29,51 @@ def test_train_and_sample(tmp_path, capsys):
     assert len(list((tmp_path / "p").glob("*.png"))) >= 2
     assert main(["train", *TINY, "--output_dir", str(run)]) == 2
     assert "output_dir must be new" in capsys.readouterr().err
+    for format, name in dict(diffusers="pytorch_lora_weights.safetensors", kohya="tiny-tiny.safetensors", merged="model_index.json").items():
+        assert main(["export", "--run", str(run), "--format", format]) == 0
+        path = tmp_path / f"run-{format}"
+        assert capsys.readouterr().out.strip() == str(path if format == "merged" else path / name) and (path / name).is_file()
+    assert not (tmp_path / "run-diffusers" / "checkpoints").exists()
+    assert main(["export", "--run", str(run), "--format", "kohya", "--output-dir", str(tmp_path / "k.safetensors"), "--title", "Fox"]) == 0
+    assert (tmp_path / "k.safetensors").is_file()
 
 
 def test_yaml_and_flags(tmp_path):
-    (tmp_path / "run.yaml").write_text(f"num_inference_steps: 3\nbatch_size: 2\nmax_steps: 5\nsample_prompts: [a fox, a rose]\nsample_seeds: 2\nrank: 2\nlog_with: null\noutput_dir: {tmp_path / 'run'}\n")
+    (tmp_path / "run.yaml").write_text(f"num_inference_steps: 3\nbatch_size: 2\nmax_steps: 5\nlearning_rate: 2e-4\nsample_prompts: [a fox, a rose]\nsample_seeds: 2\nrank: 2\nlog_with: null\noutput_dir: {tmp_path / 'run'}\n")
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--max_steps", "1"]) == 0
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 2
+    again = tmp_path / "run" / "config.yaml"  # of the run that this was: a config that can be used again
+    flags = parse_flags(train_flags(), [*read_config(again, flag_types(train_flags())), "--output_dir", str(tmp_path / "again")])
+    assert flags.run.learning_rate == 2e-4 and flags.run.max_steps == 1 and flags.run.sample_prompts == ("a fox", "a rose") and flags.reward == "tiny"
+
+
+def test_flags_win_wherever_they_stand(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(COMMANDS, "train", replace(COMMANDS["train"], work=seen.append))
+    (tmp_path / "c.yaml").write_text("learning-rate: 2e-4\nresume: true\nsample_prompts: [a, b]\nmodel: owner/name\ngradient_checkpointing: true\nguidance_scale: 1\n")
+    for argv in (["--config", str(tmp_path / "c.yaml"), "--learning_rate", "1e-3", "--no-resume", "--sample_prompts", "c"],
+                 ["--learning-rate=1e-3", "--no_resume", "--sample_prompts", "c", f"--config={tmp_path / 'c.yaml'}"]):
+        assert main(["train", *argv]) == 0
+        run = seen[-1].run
+        assert (run.learning_rate, run.resume, run.sample_prompts) == (1e-3, False, ("c",))
+        assert (seen[-1].model, run.gradient_checkpointing, run.guidance_scale) == ("owner/name", True, 1.)
 
 
 def test_every_field_has_help_and_a_flag():
-    helps = field_help(DRaFTConfig)
-    assert set(helps) == {f.name for f in fields(DRaFTConfig)}
-    shown = subprocess.run([sys.executable, "-c", "from draft_nb.cli import main; main()", "train", "--help"], capture_output=True, text=True).stdout
-    assert all(f"--{f.name}" in shown for f in fields(DRaFTConfig))
+    shown = subprocess.run([sys.executable, "-c", "from draft_nb.cli import main; main()", "train", "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "400"}).stdout
+    source = inspect.getsource(DRaFTConfig) + inspect.getsource(train_flags)
+    for f in [*fields(DRaFTConfig), *fields(train_flags())]:
+        if f.name == "run":
+            continue
+        comment = re.search(rf"^ +{f.name}:[^#\n]*# (.+)$", source, re.M)[1]
+        line = re.search(rf"--{f.name}\b.*\n?.*", shown)[0]
+        assert " ".join(comment.split()) in " ".join(line.split()), f.name
+        default = f.default if f.name != "output_dir" else "runs/"
+        assert f"(default: {' '.join(default) if isinstance(default, tuple) else default}" in line, f.name
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["dance"], "unknown command 'dance'; known: train, sample, app"),
+    (["dance"], "unknown command 'dance'; known: train, sample, sweep, app, export"),
     (["train", "--grad_steps", "0"], "grad_steps must be at least 1; got 0"),
     (["train", "--kl_reduction", "max"], "kl_reduction must be one of sum, mean; got 'max'"),
     (["train", "--grad_steps", "11"], "grad_steps must lie in 0..10"),
@@ -56,6 +86,15 @@ def test_every_field_has_help_and_a_flag():
     (["sample", "--prompt", "a fox", "--lora", "nowhere"], "there is no nowhere"),
     (["sample", "--prompt", "a fox", "--model", "no such model"], "owner/name"),
     (["app", "--run", "nowhere"], "there is no nowhere"),
+    (["export"], "Missing from draft-nb export: --run"),
+    (["export", "--run", "nowhere"], "run must be the folder of a run"),
+    (["export", "--run", "nowhere", "--format", "onnx"], "format must be one of diffusers, kohya, merged; got 'onnx'"),
+    (["train", "--lerning_rate", "1"], "unknown flag --lerning_rate; did you mean '--learning_rate'?"),
+    (["train", "--lerning-rate=1"], "did you mean '--learning_rate'?"),
+    (["train", "--max_steps", "many"], "--max_steps: no type matching {None}|INT could be instantiated from ['many']."),
+    (["train", "--max_steps"], "Missing value for argument '--max_steps'"),
+    (["train", "fast"], "unexpected word 'fast'"),
+    (["train", "--prompt_column", "x", "--prompts", __file__], "prompt_column is for tables"),
 ])
 def test_bad_input_is_one_line_and_status_2(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -65,27 +104,52 @@ def test_bad_input_is_one_line_and_status_2(argv, message, capsys, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_flags_and_words_instead_of_numbers(capsys):
-    assert main(["train", "--lerning_rate", "1"]) == 2
-    assert main(["train", "--max_steps", "many"]) == 2
-    assert "max_steps" in capsys.readouterr().err
+def test_a_terminal_without_frames(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "import sys; from draft_nb.cli import main; sys.exit(main())", "export"], capture_output=True, text=True,
+                          cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"})
+    assert done.returncode == 2 and done.stderr.strip() == "draft-nb export: Missing from draft-nb export: --run STR Folder of a finished run (required)"
 
 
-def test_unknown_yaml_key_names_the_nearest(tmp_path):
-    (tmp_path / "c.yaml").write_text("max_step: 3")
-    with pytest.raises(ValueError, match="did you mean 'max_steps'"):
-        read_config(tmp_path / "c.yaml", {"max_steps"})
+@pytest.mark.parametrize("text, message", [
+    ("max_step: 3", "unknown key 'max_step' in .*; did you mean 'max_steps'"), ("zzz: 3", "unknown key 'zzz' in [^;]*$"), ("config: x", "unknown key 'config'"),
+    ("- 3", "names and values"), ("a: [", "must be YAML"), ("run: {max_steps: 3}", "unknown key 'run'"), ("max_steps: {a: 3}", "max_steps must be a value"),
+    ("max_steps: many", "--max_steps: no type matching"), ("eta: 3", r"eta must be in \[0,1\]; got 3.0"),
+])
+def test_bad_yaml(tmp_path, capsys, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err.strip()) and len(err.strip().splitlines()) == 1
+
+
+def test_ctrl_c_is_130_and_one_line(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "fit", stopped)
+    assert main(["train", *TINY, "--output_dir", str(tmp_path / "run")]) == 130
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err == [f"draft-nb train: interrupted; go on from the last checkpoint with --resume --output_dir {tmp_path / 'run'}"]
+    monkeypatch.setitem(COMMANDS, "app", replace(COMMANDS["app"], work=stopped))
+    assert main(["app"]) == 130 and capsys.readouterr().err == "draft-nb app: interrupted\n"
+
+
+def test_a_fault_is_no_success(monkeypatch):
+    def broken(_):
+        raise RuntimeError("ten steps in a row")
+    monkeypatch.setitem(COMMANDS, "app", replace(COMMANDS["app"], work=broken))
+    with pytest.raises(RuntimeError):  # a fault of the program keeps its traceback; Python's status is 1
+        main(["app"])
+
+
+def test_the_parser_waits_for_a_command():
+    code = "import sys; from draft_nb.cli import main; main(['--help']); main(['sample', '--help']); print(sorted({'torch', 'diffusers', 'transformers', 'gradio'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.rstrip().endswith("[]")
 
 
 def test_new_folders_count_up(tmp_path):
     assert new_folder(tmp_path).name == "draft-1"
     (tmp_path / "draft-1").mkdir()
     assert new_folder(tmp_path).name == "draft-2"
-
-
-def test_embedded_prompts_do_not_overlap():
-    train, test = (read_prompts(asset(n)) for n in ("prompts.txt", "test_prompts.txt"))
-    assert len(train) == 64 and len(test) == 8 and not set(train) & set(test)
 
 
 def test_help_of_every_command(capsys):

@@ -34,25 +34,28 @@ TABLE = {
     "sampler":     Row(10, "", LIGHT),
     "adapters":    Row(11, "", f"{LIGHT} peft"),
     "models":      Row(12, "adapters", f"{LIGHT} diffusers transformers huggingface_hub"),
-    "pipelines":   Row(13, "adapters", "torch diffusers"),
-    "rewards":     Row(20, "", f"{LIGHT} open_clip transformers huggingface_hub"),
-    "metrics":     Row(21, "", "torch"),
+    "pipelines":   Row(13, "adapters sampler", "torch diffusers"),
+    "estimators":  Row(14, "", "torch"),
+    "rewards":     Row(20, "", f"{LIGHT} open_clip transformers accelerate huggingface_hub"),
+    "metrics":     Row(21, "rewards", "torch transformers"),
+    "prompts":     Row(22, "", ""),
+    "preferences": Row(23, "rewards prompts", f"{LIGHT} open_clip"),
     "train":       Row(30, "", f"{LIGHT} accelerate pandas diffusers", never="models rewards"),
-    "export":      Row(31, "", f"{LIGHT} diffusers"),
-    "sweep":       Row(32, "", f"{LIGHT} pandas"),
+    "export":      Row(31, "train", f"{LIGHT} diffusers huggingface_hub"),
+    "sweep":       Row(32, "train", f"{LIGHT} pandas"),
     "plots":       Row(40, "", f"{LIGHT} pandas matplotlib"),
     "demo":        Row(41, "plots", ANY),
-    "cli":         Row(42, "plots demo", ANY),
+    "cli":         Row(42, "plots demo", f"{ANY} tyro"),
     "tiny_data":   Row(50, "", f"{ANY} resvg_py"),
     "tiny_model":  Row(51, "tiny_data", ANY),
     "tiny_reward": Row(52, "tiny_data tiny_model", ANY),
     "bench":       Row(60, "", ANY),
 }
 # `draft-nb bench` starts what lies above the command line: the one edge that points up, inside its function
-# figures are drawn by plots, which knows nothing of the package: a run draws its curves and pictures when it saves them
-UPWARD = {("cli", "bench"), ("train", "plots")}
+# figures are drawn by plots, which knows nothing of the package: a run or a sweep draws its curves and pictures when it saves them
+UPWARD = {("cli", "bench"), ("train", "plots"), ("sweep", "plots")}
 # installed by whoever wants them, imported inside the function that does
-OPTIONAL = {"train": {"bitsandbytes"}}
+OPTIONAL = {"demo": {"spaces"}, "train": {"bitsandbytes"}, "metrics": {"efficientnet_lite_pytorch", "torchmetrics"}, "prompts": {"pyarrow"}, "preferences": {"pyarrow"}}
 HAND_WRITTEN = {"_torchvision": "torch"}
 
 

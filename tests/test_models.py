@@ -78,20 +78,21 @@ def test_weights_0_and_1_are_base_and_tuned_bit_for_bit(model, noise):
     assert torch.allclose(each[1:], tuned[1:], atol=1e-5) and not torch.allclose(each[0], tuned[0], atol=1e-3)
 
 
-def test_one_pass_where_the_weight_is_0_or_1_and_two_between(model, noise):
+@pytest.mark.parametrize("fused, expected", [(True, [[6], [6], [12], [6], [6], [8]]), (False, [[6], [6], [6, 6], [6], [6], [4, 4]])])
+def test_only_the_rows_that_a_weight_needs_and_one_pass_if_fused(model, noise, fused, expected):
     calls = []
-    hook = model.network.register_forward_pre_hook(lambda *_: calls.append(1))
-    predict, t = model.denoiser(model.encode(PROMPTS), 3.), torch.tensor(499)
+    hook = model.network.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    predict, t = model.denoiser(model.encode(PROMPTS), 3., fused=fused), torch.tensor(499)
     try:
         with torch.no_grad():
             counts = []
-            for w in (0., 1., .5, torch.zeros(3), torch.ones(3), torch.tensor([0., 1., 0.])):
+            for w in (0., 1., .5, torch.zeros(3), torch.ones(3), torch.tensor([0., 1., .5])):
                 calls.clear()
                 predict(noise, t, w)
-                counts.append(len(calls))
+                counts.append(list(calls))
     finally:
         hook.remove()
-    assert counts == [1, 1, 2, 1, 1, 2]
+    assert counts == expected
 
 
 def test_guidance_and_its_parts(model, noise):
@@ -188,7 +189,7 @@ def test_refusals(model, tmp_path):
     with pytest.raises(ValueError, match="there is no"):
         load("tiny", adapter=tmp_path)
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(ValueError, match="adapter must fit"):
+    with pytest.raises(ValueError, match="adapter must be a safetensors file"):
         load("tiny", adapter=tmp_path)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="0 CUDA devices"):

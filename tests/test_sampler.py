@@ -479,6 +479,7 @@ class TwoPictures:
     guidance_scale: float = 1.
     asked: list = field(default_factory=list)
     def encode(self, prompts): self.asked.append(("encode", list(prompts))); return prompts
+    def timesteps_kwargs(self, latents, steps): return {}
     def latents(self, n, generator, **size): self.asked.append(("latents", n, size)); return torch.randn(n, 3, 4, 6, generator=generator)
     def decode(self, latents): return (latents/2+.5).clamp(0, 1)
     def denoiser(self, cond, guidance_scale):

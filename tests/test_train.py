@@ -265,3 +265,49 @@ def test_bad_runs(tmp_path):
     multi.pipe.scheduler = UniPCMultistepScheduler.from_config(multi.scheduler.config)
     with pytest.raises(ValueError, match="UniPC"):
         check_run(multi, REWARD, PROMPTS, resolve(good, multi))
+
+
+def test_a_combination_is_standardised_by_the_base_once_and_logged_by_its_parts(tmp_path):
+    from draft_nb.rewards import weighted
+    light = Reward("light", lambda images, prompts: 100 * images.mean((1, 2, 3)))
+    both = weighted([(1, REWARD), (.5, light)], normalize="base")
+    run = fit(load("tiny", rank=2), both, PROMPTS, config(tmp_path, max_steps=2), progress=False)
+    stats = yaml.safe_load((run.folder / "config.yaml").read_text())["reward_stats"]
+    assert set(stats) == {"colour", "light"} and stats["light"][0] > 10
+    for row in run.rows:
+        by_hand = (row["reward_colour"] - stats["colour"][0]) / stats["colour"][1] + .5 * (row["reward_light"] - stats["light"][0]) / stats["light"][1]
+        assert row["reward"] == pytest.approx(by_hand, abs=1e-4)
+    assert read_history(run.folder)[-1]["reward_light"] == pytest.approx(run.rows[-1]["reward_light"])
+    again = fit(load("tiny", rank=2), both, PROMPTS, config(tmp_path, max_steps=3, resume=True), progress=False)
+    assert yaml.safe_load((again.folder / "config.yaml").read_text())["reward_stats"] == stats
+
+
+def test_the_end_that_was_asked_for_keeps_what_is_there(tmp_path):
+    model, seen = load("tiny", rank=2), []
+    run = fit(model, REWARD, PROMPTS, config(tmp_path, max_steps=9), on_step=lambda row: seen.append(row["step"]) or row["step"] == 2, progress=False)
+    assert seen == [1, 2] == [r["step"] for r in run.rows] and newest_checkpoint(run.folder, "cpu")["step"] == 2
+    assert (run.folder / "pytorch_lora_weights.safetensors").is_file() and "eval_reward" in run.rows[-1]
+
+
+def test_hacking_is_said_and_ends_the_run_where_that_was_asked_for(tmp_path, capsys):
+    spoil = Reward("spoil", lambda images, prompts: -colour(images, prompts))
+    run = fit(load("tiny", rank=4), REWARD, PROMPTS, config(tmp_path, max_steps=30, sample_every=3, patience=2, learning_rate=1e-2, kl_coeff=0.), judge=spoil, progress=False)
+    assert len(run.rows) < 30 and [r["alarm_judge"] for r in run.rows if "alarm_judge" in r][-2:] == [1, 1]
+    said = capsys.readouterr()
+    assert "the held-out judge fell" in said.out+said.err and "the run ended after" in said.out+said.err
+
+
+def test_kl_coeff_is_steered_to_the_target(tmp_path):
+    free = fit(load("tiny", rank=4), REWARD, PROMPTS, config(tmp_path / "free", max_steps=8, learning_rate=3e-3, kl_coeff=.01), progress=False)
+    far = fit(load("tiny", rank=4), REWARD, PROMPTS, config(tmp_path / "far", max_steps=8, learning_rate=3e-3, kl_coeff=.01, target_kl=free.rows[-1]["kl"] / 100), progress=False)
+    assert all(r["kl_coeff"] == .01 for r in free.rows) and far.rows[-1]["kl_coeff"] > far.rows[0]["kl_coeff"]
+
+
+def test_text_encoders_on_the_cpu_change_nothing(tmp_path):
+    weights = []
+    for k, options in enumerate(({}, dict(offload_text_encoders=True))):
+        model = load("tiny", rank=2)
+        fit(model, REWARD, PROMPTS, config(tmp_path / str(k), max_steps=2, **options), progress=False)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        assert model.parked == bool(options)
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
