@@ -30,9 +30,6 @@ REWARD = Reward("colour", colour)
 FAST = dict(guidance_scale=2., num_inference_steps=2, grad_steps=2, sample_prompts=PROMPTS[:1], sample_seeds=1, log_with=None, lr_warmup_steps=0, sample_every=99)
 
 
-plots.save_figure = lambda *_: None  # no pictures, they take longer than the training
-
-
 def small(adapter="lora"):
     "The embedded model around a network of few layers: every one costs a message between the processes."
     pipe = StableDiffusionPipeline.from_pretrained(asset("tiny"))
@@ -98,6 +95,7 @@ def worker(folder):
 
 
 if __name__ == "__main__":
+    plots.save_figure = lambda *_: None  # no pictures, they take longer than the training
     worker(Path(sys.argv[1]))
     sys.exit()
 
