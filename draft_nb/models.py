@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from threading import RLock
 
 import diffusers
 import torch
@@ -65,7 +66,10 @@ class Denoiser:
         return self.parts(x, t, w, same)[0]
 
     def parts(self, x:Tensor, t:Tensor, w:float|Tensor=1., same:Tensor|None=None)->tuple[Tensor,Tensor]:
-        "The guided prediction, and the one with the prompt alone."
+        "The guided prediction, and the one with the prompt alone; one thread at a time, since a LoRA's switch is the network's."
+        with self.model.lock: return self._parts(x, t, w, same)
+
+    def _parts(self, x:Tensor, t:Tensor, w:float|Tensor, same:Tensor|None)->tuple[Tensor,Tensor]:
         if everywhere(w, 1) and same is None: return self._guided(self.model.network, x, t)
         self._check_weight(w)
         if everywhere(w, 0) and same is None:
@@ -82,7 +86,7 @@ class Denoiser:
         "The guided predictions of base and tuned."
         self._check_weight(.5)
         rows = torch.arange(len(x), device=x.device)
-        return self._asked(x, t, rows, rows)[0].chunk(2)
+        with self.model.lock: return self._asked(x, t, rows, rows)[0].chunk(2)
 
     def _asked(self, x:Tensor, t:Tensor, b:Tensor, d:Tensor)->tuple[Tensor,Tensor]:
         "Rows `b` by the base, then rows `d` by the tuned model; in one pass where a LoRA can be switched row by row."
@@ -126,6 +130,7 @@ class Model:
     training:dict=field(default_factory=lambda: dict(max_steps=1000, batch_size=4, learning_rate=1e-4, kl_coeff=.1)) # For `draft_nb.train`
     frozen:nn.Module|None=None    # The base, where the whole network learns
     parked:bool=False             # Text encoders wait on the CPU, see `park_text_encoders`
+    lock:object=field(default_factory=RLock, repr=False, compare=False) # Held while the network answers, see `Denoiser.parts`
     _known:dict=field(default_factory=dict, repr=False) # Prompts that were encoded before
 
     component = 'unet'            # The pipeline's name for the network that denoises

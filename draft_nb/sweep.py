@@ -459,14 +459,16 @@ def tradeoff_points(
     measure:str,          # Column for the vertical axis
     horizontal:str='diversity', # Column for the horizontal one
     groups:Mapping[str,str]|None=None, # Name of a row -> the curve that it belongs to; by default weights and LoRA scales apart
+    paired:bool=True,     # Intervals are those of the gain over the base, around the same means
 )->list[dict]:            # For `draft_nb.plots.tradeoff`
     "The rows of a summary as points of a plot."
+    def end(r, m, e): return r[m]-r[f'{m}_gain']+r[f'{m}_gain_{e}'] if paired and f'{m}_gain' in r else r[f'{m}_{e}']
     def one(r):
-        ends = {f'{axis}_{e}':r[f'{column}_{e}'] for axis,column in (('reward',measure),('diversity',horizontal)) for e in ('low','high')}
-        group = (groups or {}).get(r['name']) if groups is not None else ('annealing' if r['scale']==1 else 'LoRA scale')
-        return dict(name=r['name'], reward=r[measure], diversity=r[horizontal], **ends, **({} if group is None else dict(group=group)))
+        ends = {f'{axis}_{e}':end(r, m, e) for axis,m in (('reward',measure),('diversity',horizontal)) for e in ('low','high')}
+        group = ('annealing' if r['scale']==1 else 'LoRA scale') if groups is None else groups.get(r['name'])
+        return dict(name=r['name'], reward=r[measure], diversity=r[horizontal], group=group, **ends)
     points = [one(r) for r in means.to_dict('records')]
-    return points if len({p.get('group') for p in points})>1 else [{k:v for k,v in p.items() if k!='group'} for p in points]
+    return points if len({p['group'] for p in points})>1 else [{k:v for k,v in p.items() if k!='group'} for p in points]
 
 def write_report(
     folder:str|Path,    # Where `sweep` stored the table

@@ -296,3 +296,12 @@ def test_states_know_their_weight_by_noise(model):
     with torch.no_grad():
         states = list(denoise(predict, model.latents(2, generator=generator()), model.scheduler, steps=3, weight="sigma_linear"))
     assert [s.w for s in states] == pytest.approx([a/(a+b) for a, b in levels(DDIMScheduler.from_config(model.scheduler.config), 3)])
+
+
+def test_threads_that_share_a_model_do_not_see_each_others_switch(model):
+    from concurrent.futures import ThreadPoolExecutor
+    def draw(k): return sample(model, PROMPTS[:1+k % 2], weight=SIX[k % 6], steps=4, seed=k).images
+    alone = [draw(k) for k in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(draw, range(6)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
