@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'flag_types', 'nearest', 'parse_flags', 'read_config', 'quiet', 'new_folder', 'train_flags', 'train',
-           'report', 'Sample', 'draw', 'Sweep', 'listed', 'sweep', 'App', 'app', 'Export', 'export', 'Command', 'main']
+           'listed', 'report', 'Sample', 'draw', 'Sweep', 'sweep', 'App', 'app', 'Export', 'export', 'Command', 'main']
 
 # %% ../nbs/42_cli.ipynb #42f4f8a9
 import contextlib
@@ -116,7 +116,10 @@ def train_flags()->type:
         alpha:float|None=None        # Of a new LoRA; by default its rank
         rslora:bool=False            # Scale a new LoRA by alpha/sqrt(rank)
         dora:bool=False              # A new LoRA learns lengths and directions apart
+        targets:str|None=None        # Ends of the names of the layers that get a new LoRA, separated by commas; by default attention and feed-forward
         base_device:str|None=None    # Where the base of full fine-tuning lives; by default beside the network
+        base_dtype:str|None=None     # Of that base: bfloat16, float16 or float32; by default as the network
+        dtype:str|None=None          # Of what does not learn: bfloat16, float16 or float32; by default bfloat16 on a GPU with a LoRA
         device:str|None=None         # cpu, cuda, ...; by default a GPU where there is one
         reward:str='tiny'            # A reward, or a combination such as "0.7*tiny + 0.3*tiny-judge"
         normalize:str|None=None      # base: standardise every part of the reward by its mean and deviation on the base's pictures
@@ -142,12 +145,32 @@ def train(
     if tiny and not config.sample_prompts: config = replace(config, sample_prompts=tuple(read_prompts(asset('test_prompts.txt'))))
     if (Path(config.output_dir)/'config.yaml').exists() and not config.resume:
         raise ValueError(f'output_dir must be new, or --resume given; {config.output_dir} holds a run')
-    model = load(flags.model, adapter=flags.adapter, rank=flags.rank, alpha=flags.alpha, rslora=flags.rslora, dora=flags.dora, base_device=flags.base_device, device=flags.device)
+    model = load(flags.model, adapter=flags.adapter, rank=flags.rank, alpha=flags.alpha, rslora=flags.rslora, dora=flags.dora, targets=listed(flags.targets) or None,
+                 base_device=flags.base_device, base_dtype=_dtype('base_dtype', flags.base_dtype), dtype=_dtype('dtype', flags.dtype), device=flags.device)
     judge = flags.judge or ('tiny-judge' if tiny else 'none')
     reward,judge = load_reward(flags.reward, model.device, checkpointing=bool(config.gradient_checkpointing), normalize=flags.normalize),None if judge=='none' else load_reward(judge, model.device)
     try: done = fit(model, reward, prompts, config, judge=judge)
     except KeyboardInterrupt: raise KeyboardInterrupt(f'go on from the last checkpoint with --resume --output_dir {config.output_dir}') from None
+    finally: _leave_group()
     if int(os.environ.get('RANK', 0))==0: report(done, flags.model)
+
+def _dtype(flag:str, name:str|None):
+    "A torch dtype, or None."
+    import torch
+    known = dict(bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32)
+    if name is not None and name not in known: raise ValueError(f'{flag} must be one of {", ".join(known)}; got {name!r}')
+    return known.get(name)
+
+def _leave_group()->None:
+    "Processes part in good order."
+    from torch import distributed
+    if distributed.is_available() and distributed.is_initialized(): distributed.destroy_process_group()
+
+def listed(
+    text:str|None, # Separated by commas
+)->list[str]:
+    "The words of a flag."
+    return [w.strip() for w in (text or '').split(',') if w.strip()]
 
 def report(
     run,         # A `Run`
@@ -215,12 +238,6 @@ class Sweep:
     chunk:int=48                        # Pictures in a batch
     device:str|None=None                # cpu, cuda, ...; by default a GPU where there is one
     output_dir:str|None=None            # By default RUN/sweep
-
-def listed(
-    text:str|None, # Separated by commas
-)->list[str]:
-    "The words of a flag."
-    return [w.strip() for w in (text or '').split(',') if w.strip()]
 
 def sweep(
     args:Sweep,
@@ -292,15 +309,20 @@ class Export:
     format:str='diffusers'       # diffusers, kohya (ComfyUI and A1111; SD and SDXL) or merged (a pipeline, the LoRA added to its weights)
     output_dir:str|None=None     # By default beside the run: RUN-FORMAT
     title:str|None=None          # What tools show
+    push_to_hub:str|None=None    # owner/name of a repository on the Hugging Face hub, which gets what was written
+    private:bool=False           # Only if that repository is made now
 
 def export(
     args:Export,
 )->None:
     "`draft-nb export`"
     quiet()
-    from draft_nb.export import export_lora
+    from draft_nb.export import check_repo, export_lora, push_to_hub
+    if args.push_to_hub: check_repo(args.push_to_hub)
     run = args.run.rstrip('/')
-    print(export_lora(run, args.output_dir or f'{run}-{args.format}', args.format, title=args.title, device='cpu'))
+    written = export_lora(run, args.output_dir or f'{run}-{args.format}', args.format, title=args.title, device='cpu')
+    print(written)
+    if args.push_to_hub: print(push_to_hub(written if written.is_dir() else written.parent, args.push_to_hub, private=args.private))
 
 # %% ../nbs/42_cli.ipynb #32127fef
 @dataclass(frozen=True)

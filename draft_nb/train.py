@@ -643,7 +643,7 @@ def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, bas
     history = [{**r, **{f'base_{k}':v for k,v in before.items()}} for r in rows]
     plots.save_figure(plots.training_curves(history), folder/'curves.png')
     _save_pictures(folder/'before_after.png', prompts, base, tuned, base_rewards, rewards)
-    write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, run.config, before, after)))
+    write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, replace(run.config, sample_prompts=tuple(prompts)), before, after)))
 
 # %% ../nbs/30_train.ipynb #b90464eb
 def model_card(
@@ -676,11 +676,15 @@ tags: [text-to-image, {'lora, ' if lora else ''}draft_nb]
 
 Fine-tuned with DRaFT+ (`draft_nb`): {config.max_steps} steps, gradient by {how}, kl_coeff = {config.kl_coeff:g}, learning rate {config.learning_rate:g}.
 
-| on {len(config.sample_prompts) or 'a few'} prompts, {config.sample_seeds} seeds each | base | aligned |
+| {len(config.sample_prompts)} prompts, {config.sample_seeds} seeds each | base | aligned |
 |---|---|---|
 {table}
 
 ![base above, aligned below](before_after.png)
+
+![reward, KL and gradient over the run](curves.png)
+
+Recommended weight: none yet; `draft-nb sweep --run path/to/this/folder` measures which one keeps most of the diversity.
 
 ```python
 from draft_nb.models import load

@@ -7,8 +7,9 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
+from safetensors.torch import load_file
 
-from draft_nb import train
+from draft_nb import export, train
 from draft_nb.cli import COMMANDS, flag_types, main, new_folder, parse_flags, read_config, train_flags
 from draft_nb.train import DRaFTConfig
 
@@ -158,3 +159,27 @@ def test_help_of_every_command(capsys):
     for name in COMMANDS:
         assert name in out
         assert main([name, "--help"]) == 0
+
+
+def test_where_a_lora_goes(tmp_path):
+    assert main(["train", *TINY, "--targets", "to_q, to_v", "--dtype", "float32", "--output_dir", str(tmp_path / "run")]) == 0
+    assert {k.split(".lora")[0].rpartition(".")[2] for k in load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")} == {"to_q", "to_v"}
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "on 2 prompts" not in card and "| 2 prompts, 2 seeds each |" in card and "![" in card and "curves.png" in card and card.count("Recommended weight: ") == 1
+
+
+def test_processes_part_in_good_order(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: left.append(1))
+    monkeypatch.setattr(train, "fit", lambda *_, **__: (_ for _ in ()).throw(ValueError("no")))
+    assert main(["train", *TINY, "--output_dir", str(tmp_path / "run")]) == 2 and left == [1]
+
+
+def test_export_to_the_hub(tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    sent = []
+    monkeypatch.setattr(export, "export_lora", lambda *_, **__: tmp_path / "out" / "k.safetensors")
+    monkeypatch.setattr(export, "push_to_hub", lambda folder, name, private: sent.append((folder, name, private)) or "address")
+    assert main(["export", "--run", "x", "--format", "kohya", "--push-to-hub", "owner/name", "--private"]) == 0
+    assert sent == [(tmp_path / "out", "owner/name", True)] and capsys.readouterr().out.endswith("address\n")

@@ -228,6 +228,8 @@ def run(bases, tmp_path):
     file = model.save(tmp_path / "run")
     save_file(load_file(file), file, header(file) | {"note": "kept"})
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(dict(model="tiny", reward="tiny", max_steps=80)))
+    (tmp_path / "run" / "README.md").write_text("# card\n\n![grid](before_after.png)\n")
+    (tmp_path / "run" / "before_after.png").write_bytes(b"grid")
     return tmp_path / "run", model
 
 
@@ -244,6 +246,14 @@ def test_a_run_is_exported_from_its_folder(run, format, tmp_path, bases):
         pipe.load_lora_weights(path.parent, weight_name=path.name)
     assert same(drawn(pipe), drawn(model.pipe))
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert all((tmp_path / "out" / name).read_bytes() == before[name] for name in ("README.md", "before_after.png"))
+
+
+def test_a_card_that_is_there_stays(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    export_lora(run[0], tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
 
 
 def test_a_full_run(tmp_path):
