@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'WEIGHT_KEY', 'add_lora', 'lora_layers', 'trainable', 'lora_state', 'load_lora', 'base_of', 'fusable',
-           'lora_rows', 'recommend', 'recommended', 'unfreeze']
+           'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge']
 
 # %% ../nbs/11_adapters.ipynb #f62b6d7c
 import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,13 +114,26 @@ def lora_rows(
     on:torch.Tensor,    # (N,) 1 where the tuned model answers, 0 where the base does
 )->Iterator[nn.Module]: # The network, for batches of N
     "Inside the block the LoRA acts on the chosen rows of a batch; inference only."
-    def keep(module, args, low):
-        if len(low)!=len(on): raise ValueError(f'a batch inside lora_rows must have {len(on)} rows; {type(module).__name__} got {len(low)}')
-        return low*on.to(low.device, low.dtype).view(-1, *[1]*(low.ndim-1))
-    handles = [a.register_forward_hook(keep) for l in lora_layers(network) for a in l.lora_A.values()]
+    chosen = on.nonzero()[:,0]
+    first,last = (int(chosen[0]),int(chosen[-1])+1) if len(chosen) else (0,0)
+    rows = slice(first, last) if last-first==len(chosen) else chosen.to(next(network.parameters()).device)
+    def forward(layer, x, *args, **options):
+        if len(x)!=len(on): raise ValueError(f'a batch inside lora_rows must have {len(on)} rows; {type(layer).__name__} got {len(x)}')
+        out = layer.base_layer(x, *args, **options)
+        for name in layer.active_adapters:
+            a,b = layer.lora_A[name],layer.lora_B[name]
+            more = b(a(layer.lora_dropout[name](x[rows].to(a.weight.dtype))))
+            if isinstance(rows, slice): out[rows].add_(more, alpha=layer.scaling[name])
+            else: out.index_add_(0, rows, more.to(out.dtype), alpha=layer.scaling[name])
+        return out
+    layers = lora_layers(network)
+    before = [vars(l).get('forward') for l in layers] # another library may have put its own there
+    for l in layers: l.forward = partial(forward, l)
     try: yield network
     finally:
-        for h in handles: h.remove()
+        for l,own in zip(layers, before):
+            if own is None: del l.forward
+            else: l.forward = own
 
 # %% ../nbs/11_adapters.ipynb #f1738788
 WEIGHT_KEY = 'draft_nb.weight' # In a LoRA file's metadata, and in the adapter's configuration
@@ -168,3 +182,35 @@ def _elsewhere(frozen:nn.Module)->nn.Module:
     frozen.register_forward_pre_hook(come, with_kwargs=True)
     frozen.register_forward_hook(go, with_kwargs=True)
     return frozen
+
+# %% ../nbs/11_adapters.ipynb #6b4e30c5
+def plain_copy(
+    network:nn.Module,           # With a LoRA, or all of it learns
+    dtype:torch.dtype|None=None, # Of the copy; None shares what no adapter changes
+)->nn.Module:                    # For `remerge`, which fills it
+    "A copy without adapters and without gradient; it takes and returns what the network does."
+    layers = lora_layers(network)
+    if layers and not fusable(network): raise ValueError('prefix must be network where a LoRA is not plain (DoRA, merged, or switched off)')
+    if not layers and dtype is None: raise ValueError('prefix must be network or bfloat16 where the whole network learns; merged needs a LoRA')
+    own = {id(l.get_base_layer().weight) for l in layers}
+    shared = {id(p):p for p in network.parameters() if dtype is None and id(p) not in own}
+    plain = copy.deepcopy(network, shared)
+    for name,module in list(plain.named_modules()):
+        if isinstance(module, BaseTunerLayer): plain.set_submodule(name, module.get_base_layer())
+    if dtype is not None: _elsewhere(plain.requires_grad_(False).to(dtype))
+    return remerge(plain, network)
+
+@torch.no_grad()
+def remerge(
+    plain:nn.Module,   # From `plain_copy` of the same network
+    network:nn.Module,
+)->nn.Module:          # The copy
+    "Bring a plain copy up to date."
+    layers = [(n,m) for n,m in network.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name,layer in layers:
+        base,own = layer.get_base_layer().weight,plain.get_submodule(name).weight
+        own.copy_(base+sum(layer.get_delta_weight(a).to(base.dtype) for a in layer.active_adapters) if own.dtype==base.dtype else
+                  base.float()+sum(layer.get_delta_weight(a).float() for a in layer.active_adapters))
+    if not layers:
+        for p,q in zip(plain.parameters(), network.parameters(), strict=True): p.copy_(q)
+    return plain

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'LIMIT', 'CHECKS', 'LORA', 'ABOUT', 'STOPS', 'PAIRS', 'RIVALS', 'FIELDS', 'CSS', 'DRAG', 'LINK', 'TAKE',
            'POINT', 'EXAMPLES', 'HEAD', 'EMPTY', 'OWN', 'BUSY', 'QUICK', 'weight_of', 'schedule_of', 'slider_of',
-           'scaled', 'Request', 'Outdated', 'Turns', 'drawn', 'finished', 'Row', 'scored', 'Kept', 'folder_of',
-           'finished_runs', 'Stage', 'row_of', 'rows_of', 'change', 'measures', 'remarks', 'row_html', 'waiting_html',
-           'layers_html', 'ticks', 'chart', 'limits', 'place', 'curve_html', 'status_html', 'seconds', 'link_of',
-           'show', 'shown_row', 'closely', 'snippet', 'request_of', 'record', 'folder_shown', 'take_away', 'tradeoff',
-           'spread', 'tradeoff_html', 'Lesson', 'new_run', 'check_lesson', 'trainable_rewards', 'Progress', 'learn',
-           'lesson_html', 'readable', 'check_fields', 'look', 'adapters', 'on_gpu', 'as_record', 'build', 'adapter_of',
-           'launch']
+           'scaled', 'Request', 'in_one_thread', 'under_lock', 'Outdated', 'Turns', 'drawn', 'finished', 'Row',
+           'scored', 'Kept', 'folder_of', 'finished_runs', 'Stage', 'row_of', 'rows_of', 'change', 'measures',
+           'remarks', 'row_html', 'waiting_html', 'layers_html', 'ticks', 'chart', 'limits', 'place', 'curve_html',
+           'status_html', 'seconds', 'link_of', 'show', 'shown_row', 'closely', 'snippet', 'request_of', 'record',
+           'folder_shown', 'take_away', 'tradeoff', 'spread', 'tradeoff_html', 'Lesson', 'new_run', 'check_lesson',
+           'trainable_rewards', 'Progress', 'learn', 'lesson_html', 'readable', 'check_fields', 'look', 'adapters',
+           'on_gpu', 'as_record', 'build', 'adapter_of', 'launch']
 
 # %% ../nbs/41_demo.ipynb #7a37d282
 import base64
@@ -21,6 +21,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -28,7 +29,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock, RLock, Thread, get_ident
 from urllib.parse import urlencode
 
 import gradio as gr
@@ -169,6 +170,24 @@ class Request:
         return replace(self, weight="draft", strength=1.) if ws=={1.} else self
 
 # %% ../nbs/41_demo.ipynb #230c4e8d
+def in_one_thread()->Callable:
+    "Runs a function alone and without gradient, always in the same thread; another one's turn comes in the order of asking."
+    here = set()
+    worker = ThreadPoolExecutor(1, thread_name_prefix="drawing", initializer=lambda: here.add(get_ident()))
+    def alone(f, *args, **options):
+        def run():
+            with torch.no_grad(): return f(*args, **options)
+        return run() if get_ident() in here else worker.submit(run).result()
+    return alone
+
+def under_lock()->Callable:
+    "Runs a function alone and without gradient, in the thread that asks."
+    lock = RLock()
+    def alone(f, *args, **options):
+        with lock, torch.no_grad(): return f(*args, **options)
+    return alone
+
+# %% ../nbs/41_demo.ipynb #65858244
 class Outdated(Exception):
     "A newer request of the same user has come."
 
@@ -176,36 +195,41 @@ class Outdated(Exception):
 class Turns:
     "A model that several drawings ask in turn."
     model:Model
-    lock:Lock              # Held during a prediction
+    alone:Callable         # Runs a function by itself, see `in_one_thread`
     going:Callable[[], bool]=lambda: True # Whether somebody still waits for the result
 
     def __getattr__(self, name): return getattr(self.model, name)
 
     def encode(self, prompts:Sequence[str]):
         "As the model's own."
-        with self.lock: return self.model.encode(prompts)
+        return self.alone(self.model.encode, prompts)
+
+    def decode(self, latents:Tensor)->Tensor:
+        "As the model's own."
+        return self.alone(self.model.decode, latents)
 
     def denoiser(self, cond, guidance_scale=None, **options)->Callable:
         "As the model's own; raises `Outdated` instead of a step that nobody wants."
         predict = self.model.denoiser(cond, guidance_scale, **options)
         def one(x, t, w=1., *same):
             if not self.going(): raise Outdated
-            with self.lock: return predict(x, t, w, *same)
+            return self.alone(predict, x, t, w, *same)
         return one
 
-# %% ../nbs/41_demo.ipynb #65858244
+# %% ../nbs/41_demo.ipynb #289a516b
 @torch.no_grad()
 def drawn(
     model:Model,
     request:Request,
     every:float=.5, # Seconds between previews
+    first:float=0., # Seconds before the first one
 )->Iterator[tuple[int,int,Tensor|None]]: # Steps done, steps in all, now and then the picture so far (n,3,H,W); returns `Samples`
     "Draw a request and show how it comes about."
     prompts,weight = [request.prompt]*request.num_images,scaled(request.weight, request.strength)
     generator = torch.Generator().manual_seed(request.seed)
     x = model.latents(len(prompts), generator=generator)
     predict = model.denoiser(model.encode(prompts), guidance_scale=request.guidance_scale)
-    last = time.perf_counter()-every
+    last = time.perf_counter()-every+first
     for s in denoise(predict, x, model.scheduler, steps=request.steps, weight=weight, generator=generator, **model.timesteps_kwargs(x, request.steps)):
         due = s.i<s.T-1 and time.perf_counter()-last>=every
         yield s.i+1, s.T, model.decode(s.x0).float().cpu() if due else None
@@ -220,7 +244,7 @@ def finished(
         try: next(steps)
         except StopIteration as e: return e.value
 
-# %% ../nbs/41_demo.ipynb #832b0141
+# %% ../nbs/41_demo.ipynb #ea94fb6a
 @dataclass(frozen=True, eq=False)
 class Row:
     "What one weight drew, and what was thought of it."
@@ -243,7 +267,7 @@ def scored(
     return Row(samples, reward(samples.images, samples.prompts).cpu(), judge(samples.images, samples.prompts).cpu(),
                diversity(judge.features(samples.images)[None]).item() if known else None)
 
-# %% ../nbs/41_demo.ipynb #a9468056
+# %% ../nbs/41_demo.ipynb #9fafbd39
 class Kept:
     "The newest rows by their request, up to a number of bytes."
     def __init__(self,
@@ -262,7 +286,7 @@ class Kept:
             self.rows[key] = row
             while sum(o.nbytes for o in self.rows.values())>self.limit: self.rows.popitem(last=False)
 
-# %% ../nbs/41_demo.ipynb #00f75514
+# %% ../nbs/41_demo.ipynb #adf26b39
 LORA = "pytorch_lora_weights.safetensors"
 
 def folder_of(
@@ -285,7 +309,7 @@ def finished_runs(
     there = [f.parent for f in Path(runs).glob("*/config.yaml") if fits(f.parent)]
     return [f.name for f in sorted(there, key=lambda f: -(f/LORA).stat().st_mtime)][:20]
 
-# %% ../nbs/41_demo.ipynb #f37053e3
+# %% ../nbs/41_demo.ipynb #24e1fa62
 @dataclass(eq=False)
 class Stage:
     "What an app holds."
@@ -295,9 +319,11 @@ class Stage:
     runs:Path               # Where run folders lie
     adapter:str|Path|None=None # Where the model's LoRA came from, for what others copy
     kept:Kept=field(default_factory=Kept)
-    lock:Lock=field(default_factory=Lock)             # Held during a prediction
+    alone:Callable|None=None # Runs a function by itself; by default in one thread on the CPU, elsewhere under a lock
     newest:OrderedDict=field(default_factory=OrderedDict) # User -> number of the newest request
     others:OrderedDict=field(default_factory=OrderedDict) # Run -> its model, at most two
+
+    def __post_init__(self): self.alone = self.alone or (in_one_thread() if self.model.device.type=="cpu" else under_lock())
 
     def turn(self,
         user:str, # Session; an empty one is a program whose requests do not end each other
@@ -316,26 +342,28 @@ class Stage:
         if not adapter: return self.model
         folder = folder_of(self.runs, adapter)
         key = adapter,(folder/LORA).stat().st_mtime_ns
-        with self.lock:
+        def found():
             if key not in self.others:
                 try: self.others[key] = load(self.model.name, adapter=folder, device=self.model.device, dtype=self.model.dtype)
                 except (ValueError, OSError): raise ValueError(f"adapter must fit {self.model.name}; {adapter} does not") from None
             self.others.move_to_end(key)
             if len(self.others)>2: self.others.popitem(last=False)
             return self.others[key]
+        return self.alone(found)
 
-# %% ../nbs/41_demo.ipynb #3c29b52f
+# %% ../nbs/41_demo.ipynb #a78dab16
 def row_of(
     stage:Stage,
     request:Request,
     going:Callable[[], bool]=lambda: True, # Whether somebody waits
+    first:float=0.,  # Seconds before the first preview
 )->Iterator[tuple[int,int,Tensor|None]]:   # As from `drawn`, nothing where the row is kept; returns the `Row`
     "The row of a request: kept, or drawn now."
     key = request.key
     row = stage.kept.get(key)
     if row is None:
-        samples = yield from drawn(Turns(stage.model_of(request.adapter), stage.lock, going), key)
-        row = scored(samples, stage.reward, stage.judge)
+        samples = yield from drawn(Turns(stage.model_of(request.adapter), stage.alone, going), key, first=first)
+        row = stage.alone(scored, samples, stage.reward, stage.judge)
         stage.kept.put(key, row)
     return row
 
@@ -349,14 +377,14 @@ def rows_of(
     rows = {r:have(r) for r in requests}
     if missing := [r for r,row in rows.items() if row is None]:
         one = missing[0]
-        each = sample_each(Turns(stage.model_of(one.adapter), stage.lock, going), one.prompt, [scaled(r.key.weight, r.key.strength) for r in missing],
+        each = sample_each(Turns(stage.model_of(one.adapter), stage.alone, going), one.prompt, [scaled(r.key.weight, r.key.strength) for r in missing],
                            steps=one.steps, guidance_scale=one.guidance_scale, seed=one.seed, num_images=one.num_images)
         for r,samples in zip(missing, each):
-            rows[r] = scored(samples, stage.reward, stage.judge)
+            rows[r] = stage.alone(scored, samples, stage.reward, stage.judge)
             stage.kept.put(("batch", r.key), rows[r])
     return [rows[r] for r in requests]
 
-# %% ../nbs/41_demo.ipynb #164223e2
+# %% ../nbs/41_demo.ipynb #ec4c318d
 def _digits(
     base:float, # A typical value
 )->int:
@@ -386,13 +414,13 @@ def measures(
             one("mean judge", row.judge.mean().item(), base.judge.mean().item(), up),
             one("diversity", row.diversity, base.diversity, ("less varied","more varied"))]
 
-# %% ../nbs/41_demo.ipynb #a36e0c65
+# %% ../nbs/41_demo.ipynb #f1078267
 def remarks(
     rows:Mapping[str,Row], # "base", "annealed", "aligned"
 )->list[str]: # Sentences, often one
     "What a reader should not overlook."
     base,annealed,aligned = (rows[k] for k in ("base","annealed","aligned"))
-    if torch.equal(base.samples.images, aligned.samples.images): return ["Base and aligned drew the same pictures: the loaded LoRA has not learned anything yet."]
+    if (base.samples.images.numpy()==aligned.samples.images.numpy()).all(): return ["Base and aligned drew the same pictures: the loaded LoRA has not learned anything yet."]
     (*_,reward),(*_,judge),_ = measures(aligned, base)
     said = []
     gain = (aligned.reward-base.reward).mean().item()
@@ -403,7 +431,7 @@ def remarks(
         said.append("Aligned gains reward and loses with the judge, who was not asked in training. Over many prompts, that is the sign of a hacked reward.")
     return said
 
-# %% ../nbs/41_demo.ipynb #b0198d72
+# %% ../nbs/41_demo.ipynb #57ce4a47
 def _escaped(
     text:str,
 )->str:
@@ -443,7 +471,7 @@ def _figures(
     inner = "".join(one.format(_data_uri(o, 384), _escaped(alt), j+1, c) for j,(o,c) in enumerate(zip(_pil(images), under, strict=True)))
     return f'<div class="dn-pictures" style="--n:{len(images)}">{inner}</div>'
 
-# %% ../nbs/41_demo.ipynb #a6f6c0c6
+# %% ../nbs/41_demo.ipynb #6b73b4e6
 ABOUT = {"base":"The model before training", "annealed":"The blend that you chose", "aligned":"The model after training"}
 
 def row_html(
@@ -477,7 +505,7 @@ def layers_html(
     "Rows on top of each other, of which the slider shows the nearest."
     return "".join(f'<div class="dn-layer{" dn-on" if j==0 else ""}" data-at="{at:g}">{o}</div>' for j,(at,o) in enumerate(layers))
 
-# %% ../nbs/41_demo.ipynb #fb61d1ed
+# %% ../nbs/41_demo.ipynb #5dae3947
 def ticks(
     low:float, high:float, # low < high
     about:int=4,           # How many
@@ -527,7 +555,7 @@ def place(
     x0,x1,y0,y1 = at
     return lambda x: 44+(x-x0)/(x1-x0)*(width-56), lambda y: height-34-(y-y0)/(y1-y0)*(height-52)
 
-# %% ../nbs/41_demo.ipynb #48253fc6
+# %% ../nbs/41_demo.ipynb #aa21cd49
 def curve_html(
     weight:str,        # A name that `scaled` takes
     strength:float,    # Times the weight
@@ -542,7 +570,7 @@ def curve_html(
     drawing = chart([("dn-line dn-faint", xs, full), ("dn-line", xs, ws)], words, "denoising step i, from noise to picture", "weight w of the aligned model", at=at)
     return f'<figure class="dn-curve">{drawing}<figcaption>{_escaped(words)}</figcaption></figure>'
 
-# %% ../nbs/41_demo.ipynb #b0ff72cd
+# %% ../nbs/41_demo.ipynb #b481494d
 STOPS = (0., .25, .5, .75, 1.)
 
 def status_html(
@@ -568,7 +596,7 @@ def _blend(
     "What the layer of a strength says about itself."
     return f"{'' if strength==1 else f'{strength:g} × '}{request.weight}, {how}"
 
-# %% ../nbs/41_demo.ipynb #3c8f9af6
+# %% ../nbs/41_demo.ipynb #350e2e8f
 def link_of(
     request:Request,
 )->str: # Begins with "?"
@@ -576,14 +604,14 @@ def link_of(
     usual = {f.name:f.default for f in fields(Request)}
     return "?"+urlencode({k:v for k,v in asdict(request).items() if v!=usual[k]})
 
-# %% ../nbs/41_demo.ipynb #b481494d
+# %% ../nbs/41_demo.ipynb #be3c0371
 def show(
     stage:Stage,
     request:Request,
     user:str="",   # Session
 )->Iterator[dict]: # What changes on the page: "status", "base", "annealed", "aligned"; at the end "done", the request
     "Everything that the page shows for a request, as it comes."
-    going,spent,rows = stage.turn(user),{},{}
+    going,spent,rows,shown_already = stage.turn(user),{},{},False
     asked = dict(base=replace(request, weight="base", strength=1., adapter=""), annealed=request, aligned=replace(request, weight="draft", strength=1.))
     stops = [request if s==request.strength else replace(request, strength=s) for s in STOPS]
     def layers(first): # the chosen one in front, behind it the stops that are ready
@@ -595,7 +623,7 @@ def show(
     yield {"status":status_html("Starting", busy=True)}
     try:
         for name,one in asked.items():
-            began,making,drew = time.perf_counter(),row_of(stage, one, going),False
+            began,making,drew = time.perf_counter(),row_of(stage, one, going, 1.5 if shown_already else 0.),False
             while name not in rows:
                 try: i,T,images = next(making)
                 except StopIteration as e: rows[name] = e.value
@@ -603,6 +631,7 @@ def show(
                     if images is not None: yield {"status":status_html(f"Drawing {name}, step {i} of {T}", busy=True), name:html_of(name, waiting_html(name, i, T, images))}
                     drew = True
             spent[name] = time.perf_counter()-began if drew else None
+            shown_already = name=="base" and not drew # these settings were drawn before: the pictures of the nearest stop are there
             if going(): yield {name:html_of(name)}
         told = f"“{_escaped(request.prompt)}”, seed {request.seed} · {seconds(spent)}"
         yield {"status":status_html(f"{told} · the stops of the slider follow", remarks(rows), busy=True, link=link_of(request)), "done":request}
@@ -611,7 +640,7 @@ def show(
         if going(): yield {"status":status_html(f"{told} · stops {time.perf_counter()-began:.1f} s", remarks(rows), link=link_of(request)), "annealed":html_of("annealed")}
     except Outdated: return
 
-# %% ../nbs/41_demo.ipynb #d23832a4
+# %% ../nbs/41_demo.ipynb #aa679d97
 PAIRS = {"base and annealed":("base","annealed"), "base and aligned":("base","aligned"), "annealed and aligned":("annealed","aligned")}
 
 def shown_row(
@@ -638,7 +667,7 @@ def closely(
     larger = [o if o.width>=384 else o.resize((o.width*-(-384//o.width), o.height*-(-384//o.width)), Image.Resampling.BICUBIC) for o in pictures]
     return tuple(larger), f'<div class="dn-pair">{inner}</div>'
 
-# %% ../nbs/41_demo.ipynb #327c4ba8
+# %% ../nbs/41_demo.ipynb #3188e3f2
 def snippet(
     request:Request,
     model:str="tiny",  # Name to load
@@ -667,7 +696,7 @@ def request_of(
         except ValueError: raise ValueError(f"the link must give {k} as a number; it says {query[k]}") from None
     return Request(**{k:read(k) for k in kinds if k in query})
 
-# %% ../nbs/41_demo.ipynb #3cde62a9
+# %% ../nbs/41_demo.ipynb #6df7c8c4
 def record(
     stage:Stage,
     request:Request, # That was shown
@@ -700,7 +729,7 @@ def take_away(
             f'<button type="button" class="dn-button" data-copy="link">Copy link</button><button type="button" class="dn-button" data-copy="code">Copy as Python</button>'
             f'<pre tabindex="0" aria-label="The same pictures in Python"><code>{_escaped(code)}</code></pre></div>')
 
-# %% ../nbs/41_demo.ipynb #9aace910
+# %% ../nbs/41_demo.ipynb #ea059b25
 RIVALS = ("linear", "power_2", "power_4", "step_0.6", "constant_0.5", "draft")
 
 def tradeoff(
@@ -763,7 +792,7 @@ def tradeoff_html(
     told = "More weights are being drawn." if more else "Up is better liked, right is more varied. Choose a point to set the slider. One prompt, few pictures: a hint, not a measurement."
     return f'<div class="dn-tradeoff">{drawing}<p class="dn-told" role="status">{told}</p></div>'
 
-# %% ../nbs/41_demo.ipynb #39fcdc02
+# %% ../nbs/41_demo.ipynb #0fd0bda8
 @dataclass(eq=False)
 class Lesson:
     "The training of an app: at most one."
@@ -804,7 +833,7 @@ def trainable_rewards()->list[str]:
     "Rewards that are at hand and may be trained against: all but the judge."
     return [o for o in available() if o!="tiny-judge"]
 
-# %% ../nbs/41_demo.ipynb #0fd0bda8
+# %% ../nbs/41_demo.ipynb #3537cc89
 @dataclass(frozen=True)
 class Progress:
     "How far a training is."
@@ -861,7 +890,7 @@ def learn(
         yield Progress(folder, list(rows), int(steps), item is True)
         if item is True: return
 
-# %% ../nbs/41_demo.ipynb #980eab07
+# %% ../nbs/41_demo.ipynb #513223b7
 def _panel(
     title:str, rows:Sequence[Mapping], key:str, *also:str, # Columns of the history
 )->str:
@@ -883,7 +912,7 @@ def lesson_html(
     shown = f'<figure class="dn-sample"><img src="{_data_uri(Image.open(seen[-1]))}" alt="Base above, aligned below, after step {int(seen[-1].stem[5:])}"><figcaption>Base above, aligned below, the same noise, rewards underneath; after step {int(seen[-1].stem[5:])}</figcaption></figure>' if seen else ""
     return f'<div class="dn-lesson">{status_html(told, busy=not progress.done)}<div class="dn-panels">{panels}</div>{shown}</div>'
 
-# %% ../nbs/41_demo.ipynb #e797f798
+# %% ../nbs/41_demo.ipynb #3218cb27
 @contextmanager
 def readable():
     "Inside the block what a user can mend becomes the message that the browser shows."
@@ -907,7 +936,7 @@ def check_fields(
         return gr.validate(True, "")
     return [verdict(k, v) for k,v in zip(FIELDS, values)]+[gr.validate(True, "")]*(len(values)-len(FIELDS))
 
-# %% ../nbs/41_demo.ipynb #8578362b
+# %% ../nbs/41_demo.ipynb #92e71b81
 CSS = """
 :root { --dn-soft:#52606d; --dn-base:#64748b; --dn-annealed:#0f766e; --dn-aligned:#b45309; --dn-grid:#dfe5ea; --dn-page:#ffffff }
 .dark { --dn-soft:#a7b4c2; --dn-base:#94a3b8; --dn-annealed:#2dd4bf; --dn-aligned:#fbbf24; --dn-grid:#334155; --dn-page:#0f172a }
@@ -918,7 +947,7 @@ CSS = """
 .dn-head p { color:var(--dn-soft); margin:0; max-width:74ch; line-height:1.5 }
 .dn-told,.dn-row header p,.dn-row small,.dn-row figcaption,.dn-pair figcaption,.dn-curve figcaption,.dn-sample figcaption { font-size:.82rem; color:var(--dn-soft); margin:0 }
 .dn-told { min-height:1.3em; font-variant-numeric:tabular-nums }
-.dn-busy::before { content:""; display:inline-block; width:.6em; height:.6em; margin-right:.5em; border-radius:50%; background:var(--dn-annealed); animation:dn-beat 1s ease-in-out infinite alternate }
+.dn-busy::before { content:""; display:inline-block; width:.6em; height:.6em; margin-right:.5em; border-radius:50%; background:var(--dn-annealed); animation:dn-beat 1s steps(4) infinite alternate }
 @keyframes dn-beat { from { opacity:.25 } to { opacity:1 } }
 @media (prefers-reduced-motion:reduce) { .dn-busy::before { animation:none } }
 .dn-note { margin:.5rem 0 0; padding:.5rem .8rem; font-size:.9rem; border-left:3px solid var(--dn-annealed); background:var(--background-fill-secondary); border-radius:0 6px 6px 0 }
@@ -961,7 +990,7 @@ CSS = """
 .dn-point:focus-visible { outline:none } .dn-point:focus-visible circle,.dn-point:hover circle { stroke:var(--body-text-color); stroke-width:2 }
 .dn-button:focus-visible,.dn-take pre:focus-visible { outline:2px solid var(--dn-annealed); outline-offset:2px }
 .dn-panels { display:grid; grid-template-columns:repeat(auto-fit,minmax(260px,1fr)); gap:1rem; margin:.6rem 0; max-width:860px }
-.dn-sample img { max-width:860px }
+.dn-sample img { width:auto; max-width:min(100%,860px); max-height:460px }
 .dn-wipe { width:100%; max-width:400px }
 #dn-strength label > span, #dn-strength [data-testid="block-info"] { font-weight:620 }
 .gradio-container .tab-container button.selected { color:var(--dn-annealed) }
@@ -975,7 +1004,7 @@ CSS = """
 }
 """
 
-# %% ../nbs/41_demo.ipynb #2cc5babb
+# %% ../nbs/41_demo.ipynb #9aa3e39b
 DRAG = """
 let held = null, timer = 0;
 const pick = () => {
@@ -1036,7 +1065,7 @@ def look()->dict:
               slider_color="*primary_700", slider_color_dark="*primary_400", block_border_width="1px", block_shadow="none")
     return dict(theme=theme, css=CSS, footer_links=["api", "settings"], run_history=False, ssr_mode=False, state_session_capacity=500)
 
-# %% ../nbs/41_demo.ipynb #9aa3e39b
+# %% ../nbs/41_demo.ipynb #5e1b329a
 EXAMPLES = ["an emoji of a fox", "an emoji of a red apple on a blue background", "a glossy emoji of a ghost", "an emoji of a house"]
 HEAD = """<div class="dn-head"><h1>One noise, three models</h1><p>A base model and one aligned with a reward draw your prompt from the same noise.
 Between them lies every blend: slide, and see what the reward gains and what variety costs.</p></div>"""
@@ -1080,7 +1109,7 @@ def _weight_controls(
     curve = gr.HTML(curve_html("power_2", 1., steps), label="Weight over the steps")
     return [schedule, parameter],curve
 
-# %% ../nbs/41_demo.ipynb #3374eeaf
+# %% ../nbs/41_demo.ipynb #8a5375fb
 def _results()->dict[str,gr.Blocks]: # Components by what `show` calls them
     "Where the rows go, and what can be done with them."
     plain = dict(apply_default_css=False)
@@ -1114,7 +1143,7 @@ def _settings(
     return [request.prompt, request.seed, request.num_images, request.steps, request.guidance_scale, request.adapter or OWN,
             schedule, gr.Slider(**slider_of(schedule)|dict(value=parameter)), request.strength]
 
-# %% ../nbs/41_demo.ipynb #5e1b329a
+# %% ../nbs/41_demo.ipynb #ed853c14
 def on_gpu(
     handler:Callable,
 )->Callable:
@@ -1166,11 +1195,13 @@ def _compare_tab(
         schedule,parameter = schedule_of(data.weight)
         return schedule, gr.Slider(**slider_of(schedule)|dict(value=parameter)), data.strength, curve_html(data.weight, data.strength, steps)
     def arrive(user:gr.Request):
-        with readable(): request = request_of(dict(user.query_params))
+        said = gr.skip() # an error while the page loads would mark every field: what is wrong with the link stands where the pictures would
+        try: request = request_of(dict(user.query_params))
+        except ValueError as e: request,said = None,f'<div class="dn-empty" role="alert">{html.escape(str(e), quote=False)}. Choose a prompt, then press Generate.</div>'
         menu = gr.Dropdown(adapters(stage), value=request.adapter or OWN if request else OWN)
-        if request is None: return False, *[gr.skip()]*5, menu, *[gr.skip()]*4
+        if request is None: return False, *[gr.skip()]*5, menu, *[gr.skip()]*4, said
         settings = _settings(request)
-        return True, *settings[:5], menu, *settings[6:], curve_html(request.weight, request.strength, request.steps)
+        return True, *settings[:5], menu, *settings[6:], curve_html(request.weight, request.strength, request.steps), said
     def live_if(came, prompt, seed, images, steps, guidance, adapter, schedule, parameter, strength, which, pair, user:gr.Request):
         if not came: yield {shown:gr.skip()} # a generator that gives nothing would empty the page
         else: yield from live(prompt, seed, images, steps, guidance, adapter, schedule, parameter, strength, which, pair, user)
@@ -1186,10 +1217,10 @@ def _compare_tab(
     gr.on([out["which"].change, out["pair"].change], look_closer, [shown, out["which"], out["pair"]], [out["wipe"], out["sides"], out["take"]], **QUICK)
     out["sweep"].click(on_gpu(sweep), [shown], [out["plot"]], show_progress="minimal", api_visibility="private", **BUSY)
     out["plot"].select(point, [controls[3]], [schedule, parameter, strength, curve], **QUICK).then(**go)
-    gr.context.Context.root_block.load(arrive, None, [came, *controls, curve], **QUICK).then(**{**go, "fn":on_gpu(live_if), "inputs":[came, *inputs], "validator":None})
+    gr.context.Context.root_block.load(arrive, None, [came, *controls, curve, out["status"]], **QUICK).then(**{**go, "fn":on_gpu(live_if), "inputs":[came, *inputs], "validator":None})
     return controls
 
-# %% ../nbs/41_demo.ipynb #8a5375fb
+# %% ../nbs/41_demo.ipynb #9708112b
 def _train_tab(
     stage:Stage, tabs:gr.Tabs,
     controls:list,          # Of the first tab
@@ -1229,7 +1260,7 @@ def _train_tab(
     use.click(lambda name: (name, gr.Tabs(selected="compare")), [latest], [controls[5], tabs], **QUICK).then(None, js="() => setTimeout(() => document.querySelector('#dn-generate').click(), 300)")
     return lesson
 
-# %% ../nbs/41_demo.ipynb #9708112b
+# %% ../nbs/41_demo.ipynb #5e890900
 def as_record(
     row:Row,
     weight:str,
@@ -1286,7 +1317,7 @@ def _programs(
         with readable(): return list(tradeoff(stage, Request(prompt, seed, num_images, steps, guidance_scale, weight, 1., adapter)))
     for f in (compare, curve, trade_off): gr.api(on_gpu(f) if f is not curve else f, api_name=f.__name__, **BUSY)
 
-# %% ../nbs/41_demo.ipynb #453c1f62
+# %% ../nbs/41_demo.ipynb #fef77184
 def build(
     model:Model|None=None,   # None is the embedded one
     reward:Reward|None=None, # The one trained for; None is the embedded one
@@ -1296,8 +1327,10 @@ def build(
     examples:Sequence[str]=EXAMPLES, # Prompts to start from
 )->gr.Blocks:                # Launch it with `**look()`
     "The app."
-    model = model or load("tiny", adapter=adapter_of(adapter))
-    stage = Stage(model, reward or load_reward("tiny"), judge or load_reward("tiny-judge"), Path(runs), adapter)
+    alone = in_one_thread()
+    model = model or alone(load, "tiny", adapter=adapter_of(adapter))
+    reward,judge = reward or alone(load_reward, "tiny"),judge or alone(load_reward, "tiny-judge")
+    stage = Stage(model, reward, judge, Path(runs), adapter, alone=alone if model.device.type=="cpu" else None)
     with gr.Blocks(title="draft_nb: one noise, three models", analytics_enabled=False, fill_width=True, delete_cache=(3600, 7200)) as app:
         gr.HTML(HEAD, apply_default_css=False)
         with gr.Tabs() as tabs:
@@ -1310,7 +1343,7 @@ def build(
         app.unload(leave)
     return app.queue(max_size=32)
 
-# %% ../nbs/41_demo.ipynb #fef77184
+# %% ../nbs/41_demo.ipynb #10beb39c
 def adapter_of(
     run:str|Path|None, # Folder of a training, or None
 )->str|Path:           # What `load` takes as adapter

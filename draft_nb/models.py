@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JOINT_TARGETS', 'FAMILIES', 'clamp_unit', 'Denoiser', 'Model', 'check_prompts', 'encode', 'park_text_encoders',
-           'latents', 'decode', 'timesteps_kwargs', 'denoiser', 'save', 'StableDiffusion', 'StableDiffusionXL',
-           'PixArtSigma', 'dynamic_shift', 'StableDiffusion3', 'Flux', 'Sana', 'asset', 'check_device', 'check_family',
-           'without_history', 'load', 'attach']
+           'latents', 'decode', 'timesteps_kwargs', 'check_interval', 'denoiser', 'prefix_network', 'update_prefix',
+           'save', 'StableDiffusion', 'StableDiffusionXL', 'PixArtSigma', 'dynamic_shift', 'StableDiffusion3', 'Flux',
+           'Sana', 'asset', 'check_device', 'check_family', 'without_history', 'load', 'attach']
 
 # %% ../nbs/12_models.ipynb #679d9a22
 import inspect
@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import LORA_TARGETS, WEIGHT_KEY, add_lora, base_of, fusable, load_lora, lora_layers, lora_rows, lora_state, recommend, recommended, trainable, unfreeze
+from .adapters import LORA_TARGETS, WEIGHT_KEY, add_lora, base_of, fusable, load_lora, lora_layers, lora_rows, lora_state, plain_copy, recommend, recommended, remerge, trainable, unfreeze
 from .anneal import blend, everywhere, weight_name
 
 # %% ../nbs/12_models.ipynb #d336afeb
@@ -55,6 +55,8 @@ class Denoiser:
     cond:dict[str,Tensor] # What the network gets beside x and t, without prompt first: (2B, ...)
     guidance_scale:float  # s; guidance is off at 1 and below
     fused:bool=True       # Base and tuned in one batch where a step needs both; two passes need less memory
+    guidance_interval:tuple[float,float]=(0.,1.) # Noise levels, t over the number of training steps, at which there is guidance
+    plain:nn.Module|None=None # Answers for the tuned model where no gradient is asked for, see `plain_copy`
 
     def __call__(self,
         x:Tensor,         # (B,C,H,W), as the scheduler scales it
@@ -70,7 +72,8 @@ class Denoiser:
         with self.model.lock: return self._parts(x, t, w, same)
 
     def _parts(self, x:Tensor, t:Tensor, w:float|Tensor, same:Tensor|None)->tuple[Tensor,Tensor]:
-        if everywhere(w, 1) and same is None: return self._guided(self.model.network, x, t)
+        if everywhere(w, 1) and same is None:
+            return self._guided(self.model.network if self.plain is None or torch.is_grad_enabled() else self.plain, x, t)
         self._check_weight(w)
         if everywhere(w, 0) and same is None:
             with base_of(self.model.network, self.model.frozen) as network: return self._guided(network, x, t)
@@ -93,7 +96,7 @@ class Denoiser:
         network,frozen = self.model.network,self.model.frozen
         if self.fused and frozen is None and len(b) and len(d) and not torch.is_grad_enabled() and fusable(network):
             on = torch.cat([torch.zeros(len(b)), torch.ones(len(d))])
-            with lora_rows(network, on.repeat(2 if self._pairs else 1)): return self._guided(network, x, t, torch.cat([b,d]))
+            with lora_rows(network, on.repeat(2 if self._pairs(t) else 1)): return self._guided(network, x, t, torch.cat([b,d]))
         asked = []
         if len(b):
             with base_of(network, frozen) as base: asked.append(self._guided(base, x, t, b))
@@ -105,15 +108,16 @@ class Denoiser:
         if torch.is_grad_enabled() and not everywhere(w, 1) and self.model.network.is_gradient_checkpointing:
             raise ValueError(f'weight must be 1 where gradients flow through a network with gradient checkpointing: its second forward pass would see another adapter; got {w}')
 
-    @property
-    def _pairs(self)->bool:
+    def _pairs(self, t:Tensor)->bool:
         "Whether every row goes through the network twice, without and with prompt."
-        return self.guidance_scale>1
+        if self.guidance_scale<=1 or self.guidance_interval==(0.,1.): return self.guidance_scale>1
+        low,high = self.guidance_interval
+        return low<=float(t)/self.model.scheduler.config.num_train_timesteps<=high
 
     def _guided(self, network:nn.Module, x:Tensor, t:Tensor, rows:Tensor|None=None)->tuple[Tensor,Tensor]:
         n,cond = len(x),self.cond
         if rows is not None: x,cond = x[rows],{k:torch.cat([v[rows],v[n+rows]]) for k,v in cond.items()}
-        if not self._pairs:
+        if not self._pairs(t):
             out = self.model.call(network, x, t, {k:v[len(x):] for k,v in cond.items()})
             return out,out
         without,prompted = self.model.call(network, torch.cat([x,x]), t, cond).chunk(2)
@@ -236,16 +240,39 @@ def timesteps_kwargs(self:Model,
     return {}
 Model.timesteps_kwargs = timesteps_kwargs
 
+def check_interval(
+    interval:Sequence[float]|None,
+)->tuple[float,float]: # (0,1) for None
+    "Two noise levels, or a ValueError."
+    if interval is None: return 0.,1.
+    if len(interval)!=2 or not 0<=interval[0]<interval[1]<=1: raise ValueError(f'guidance_interval must be two numbers, 0 <= low < high <= 1; got {interval!r}')
+    return tuple(map(float, interval))
+
 def denoiser(self:Model,
     cond:dict[str,Tensor],            # From `encode`
     guidance_scale:float|None=None,   # By default the family's
     *, fused:bool=True,               # Base and tuned in one batch where a step needs both
+    guidance_interval:tuple[float,float]|None=None, # Noise levels at which there is guidance, 0 (none) to 1; by default all
+    plain:nn.Module|None=None,        # Answers for the tuned model where no gradient is asked for, see `plain_copy`
 )->Denoiser:
     "The callable that samplers ask."
-    return Denoiser(self, cond, self.guidance_scale if guidance_scale is None else guidance_scale, fused)
+    return Denoiser(self, cond, self.guidance_scale if guidance_scale is None else guidance_scale, fused, check_interval(guidance_interval), plain)
 Model.denoiser = denoiser
 
 # %% ../nbs/12_models.ipynb #e0ce7bb3
+def prefix_network(self:Model,
+    kind:str,        # network, merged or bfloat16
+)->nn.Module|None:   # None for network
+    "What may run the steps without gradient, see `draft_nb.adapters.plain_copy`."
+    return None if kind=='network' else plain_copy(self.network, torch.bfloat16 if kind=='bfloat16' else None)
+Model.prefix_network = prefix_network
+
+def update_prefix(self:Model, plain:nn.Module)->None:
+    "Bring such a copy up to date."
+    remerge(plain, self.network)
+Model.update_prefix = update_prefix
+
+# %% ../nbs/12_models.ipynb #54d86c1d
 def save(self:Model,
     folder:str|Path,      # Made if it is not there
     weight:str|None=None, # Name of the annealing weight to recommend; kept in the LoRA file, see `recommend`
@@ -272,7 +299,7 @@ def _note(file:Path, notes:dict[str,str])->None:
     save_file(tensors, aside, metadata={**metadata, **notes})
     aside.replace(file)
 
-# %% ../nbs/12_models.ipynb #54d86c1d
+# %% ../nbs/12_models.ipynb #58e4e949
 class StableDiffusion(Model):
     "Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net, epsilon- or v-prediction."
 
@@ -292,7 +319,7 @@ class StableDiffusion(Model):
         "The network's raw prediction."
         return network(x, t, **cond, return_dict=False)[0]
 
-# %% ../nbs/12_models.ipynb #58e4e949
+# %% ../nbs/12_models.ipynb #1b801f56
 @dataclass(repr=False)
 class StableDiffusionXL(Model):
     "Stable Diffusion XL: two CLIP text encoders, a U-Net that is told the picture's size."
@@ -318,7 +345,7 @@ class StableDiffusionXL(Model):
         mean,std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (c.latents_mean,c.latents_std))
         return super().decode(latents*std+mean*c.scaling_factor)
 
-# %% ../nbs/12_models.ipynb #1b801f56
+# %% ../nbs/12_models.ipynb #2e0105aa
 @dataclass(repr=False)
 class PixArtSigma(Model):
     "PixArt-Sigma: T5, a transformer that predicts noise and a variance."
@@ -345,7 +372,7 @@ class PixArtSigma(Model):
             save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
         return path
 
-# %% ../nbs/12_models.ipynb #2e0105aa
+# %% ../nbs/12_models.ipynb #f4e25ca4
 JOINT_TARGETS = ['add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out', 'ff_context.net.0.proj', 'ff_context.net.2']
 
 def dynamic_shift(
@@ -380,7 +407,7 @@ class StableDiffusion3(Model):
         "The shift, where it depends on the size."
         return dynamic_shift(self.scheduler, latents.shape[-2]*latents.shape[-1]//self.patch**2)
 
-# %% ../nbs/12_models.ipynb #ed7bf8f7
+# %% ../nbs/12_models.ipynb #a7c9a8ba
 @dataclass(repr=False)
 class Flux(Model):
     "FLUX.1: CLIP and T5, a transformer of joint attention with built-in guidance, flow matching."
@@ -402,6 +429,7 @@ class Flux(Model):
 
     def denoiser(self, cond:dict[str,Tensor], guidance_scale:float|None=None, **options)->Denoiser:
         "The callable that samplers ask; the guidance scale goes into the network."
+        if check_interval(options.get('guidance_interval'))!=(0.,1.): raise ValueError('guidance_interval must be left open for FLUX, whose guidance is inside the network')
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         tokens = cond['encoder_hidden_states']
         if self.network.config.guidance_embeds: cond = cond|dict(guidance=torch.full((len(tokens),), scale, device=tokens.device))
@@ -421,7 +449,7 @@ class Flux(Model):
         if self.scheduler.config.get('use_flow_sigmas'): return {}
         return dict(sigmas=[1-i/steps for i in range(steps)], **dynamic_shift(self.scheduler, latents.shape[-2]*latents.shape[-1]//4))
 
-# %% ../nbs/12_models.ipynb #a7c9a8ba
+# %% ../nbs/12_models.ipynb #09c7acab
 @dataclass(repr=False)
 class Sana(Model):
     "Sana: Gemma, a transformer of linear attention, a deep-compression autoencoder, flow matching."
@@ -441,11 +469,11 @@ class Sana(Model):
         "The network's raw prediction."
         return network(x.to(self.dtype), timestep=t.expand(len(x))*network.config.timestep_scale, **cond, return_dict=False)[0].float()
 
-# %% ../nbs/12_models.ipynb #09c7acab
+# %% ../nbs/12_models.ipynb #57f77da5
 FAMILIES = dict(StableDiffusionPipeline=StableDiffusion, StableDiffusionXLPipeline=StableDiffusionXL, StableDiffusion3Pipeline=StableDiffusion3,
                 FluxPipeline=Flux, PixArtSigmaPipeline=PixArtSigma, SanaPipeline=Sana) # pipeline class -> family
 
-# %% ../nbs/12_models.ipynb #57f77da5
+# %% ../nbs/12_models.ipynb #55b1f24b
 def asset(
     name:str, # Folder or file below `draft_nb/assets`
 )->Path:
@@ -468,7 +496,7 @@ def check_family(
     "Refuse a pipeline that no family knows how to encode, call and decode."
     if kind not in FAMILIES: raise ValueError(f'model must be of a known family ({", ".join(FAMILIES)}); got {kind}')
 
-# %% ../nbs/12_models.ipynb #55b1f24b
+# %% ../nbs/12_models.ipynb #4ec00e25
 def _single_file(file:str, config:str|Path|None, dtype:torch.dtype)->DiffusionPipeline:
     "A pipeline from a checkpoint in one file."
     if not Path(file).is_file(): raise ValueError(f'model must be a file that exists; got {file}')
@@ -504,7 +532,7 @@ def _pipeline(source, config:str|Path|None, dtype:torch.dtype)->DiffusionPipelin
     pipe.scheduler = without_history(pipe.scheduler)
     return pipe
 
-# %% ../nbs/12_models.ipynb #fb86e970
+# %% ../nbs/12_models.ipynb #0b4adc08
 def load(
     source,                       # "tiny", a hub id, a local folder, a .safetensors file or a diffusers pipeline
     adapter:str|Path|None='lora', # "lora", "full", None, or the path of a trained LoRA
@@ -529,7 +557,7 @@ def load(
     if dtype==torch.float16 and pipe.vae.config.get('force_upcast'): pipe.vae.float() # half precision overflows in it
     if source=='tiny':
         model.steps,model.guidance_scale,rank = 10,1.,8 if rank is None else rank
-        model.training = dict(max_steps=80, batch_size=8, learning_rate=3e-3, kl_coeff=1.)
+        model.training = dict(max_steps=80, batch_size=8, learning_rate=3e-3, kl_coeff=1., prefix='merged')
     return attach(model, adapter, rank=32 if rank is None else rank, seed=seed, alpha=alpha, targets=targets, rslora=rslora, dora=dora,
                   base_device=base_device, base_dtype=base_dtype)
 
@@ -546,6 +574,7 @@ def attach(
     if adapter=='lora': add_lora(model.network, rank, alpha, targets=list(targets or model.lora_targets), rslora=rslora, dora=dora, seed=seed)
     elif adapter=='full': model.frozen = unfreeze(model.network, device=base_device and check_device(base_device), dtype=base_dtype)
     elif adapter is not None: _load_lora(model, Path(adapter))
+    if model.training.get('prefix')=='merged' and not fusable(model.network): model.training = {**model.training, 'prefix':'network'}
     return model
 
 def _place_lora(model:Model, file:Path, names:list[str])->None:

@@ -312,7 +312,7 @@ class Samples:
     def pil(self)->list:
         "B PIL images."
         from PIL import Image
-        return [Image.fromarray(o) for o in (self.images.clamp(0,1)*255).round().byte().permute(0,2,3,1).numpy()]
+        return [Image.fromarray(o) for o in (self.images.numpy().clip(0,1)*255).round().astype("uint8").transpose(0,2,3,1)]
 
     def grid(self,
         columns:int|None=None, # Pictures a row; None is a row for each prompt, at most 8
@@ -394,20 +394,22 @@ def sample(
     width:int|None=None,  # Of the picture in pixels; None is the model's own
     refresh:int=1,    # Ask for both predictions at every so many blended steps only, see `refreshed`; 1 is exact
     fused:bool=True,  # Base and tuned in one batch where a step needs both; False needs less memory
+    guidance_interval:tuple[float,float]|None=None, # Noise levels, 0 to 1, at which there is guidance; None is all
     progress:bool=False, # Show a progress bar
 )->Samples:
     "Pictures for prompts, without gradient; the same seed gives the same noise for every weight."
     prompts,weight = _repeated(prompts, num_images), _weight_of(model, weight)
     size = {k:v for k,v in dict(height=height, width=width).items() if v is not None}
     x,generator = _noise(model, len(prompts), seed, size)
-    x = _denoised(model, prompts, x, lambda predict: refreshed(predict, refresh), weight, steps, guidance_scale, eta, generator, fused, progress)
+    x = _denoised(model, prompts, x, lambda predict: refreshed(predict, refresh), weight, steps, guidance_scale, eta, generator, progress, fused=fused, guidance_interval=guidance_interval)
     return Samples(model.decode(x).float().cpu(), x.cpu(), prompts, weight_name(weight), seed if isinstance(seed, int) else tuple(seed))
 
 # %% ../nbs/10_sampler.ipynb #2c24e828
-def _denoised(model, prompts:list[str], x:Tensor, wrap:Callable, weight, steps, guidance_scale, eta, generator, fused, progress)->Tensor:
+def _denoised(model, prompts:list[str], x:Tensor, wrap:Callable, weight, steps, guidance_scale, eta, generator, progress, *, fused=True, guidance_interval=None)->Tensor:
     "The last latents."
     steps = model.steps if steps is None else steps
-    predict = wrap(model.denoiser(model.encode(prompts), guidance_scale=model.guidance_scale if guidance_scale is None else guidance_scale, **({} if fused else dict(fused=False))))
+    options = ({} if fused else dict(fused=False))|({} if guidance_interval is None else dict(guidance_interval=guidance_interval))
+    predict = wrap(model.denoiser(model.encode(prompts), guidance_scale=model.guidance_scale if guidance_scale is None else guidance_scale, **options))
     states = denoise(predict, x, model.scheduler, steps=steps, weight=weight, eta=eta, generator=generator, **model.timesteps_kwargs(x, steps))
     if progress:
         from tqdm.auto import tqdm
@@ -451,6 +453,7 @@ def sample_each(
     height:int|None=None, width:int|None=None, # None is the model's own
     share:bool=True,   # Compute once what weights have in common
     fused:bool=True,   # Base and tuned in one batch
+    guidance_interval:tuple[float,float]|None=None, # As for `sample`
     progress:bool=False, # Show a progress bar
 )->list[Samples]:      # One for each weight
     "The same noise under several weights, as one batch."
@@ -464,5 +467,5 @@ def sample_each(
     table = [torch.cat([torch.as_tensor(w, dtype=torch.float64).expand(n) for w in ws]) for ws in zip(*values)]
     agreed = iter(_agreed(values, n))
     def shared(predict): return (lambda x, t, w=1.: predict(x, t, w, next(agreed).to(x.device))) if share else predict
-    x = _denoised(model, texts*len(weights), x.repeat(len(weights), *[1]*(x.ndim-1)), shared, lambda i, T: table[i], steps, guidance_scale, eta, _copies(generator, len(weights)), fused, progress)
+    x = _denoised(model, texts*len(weights), x.repeat(len(weights), *[1]*(x.ndim-1)), shared, lambda i, T: table[i], steps, guidance_scale, eta, _copies(generator, len(weights)), progress, fused=fused, guidance_interval=guidance_interval)
     return [Samples(model.decode(o).float().cpu(), o.cpu(), texts, weight_name(w), seed if isinstance(seed, int) else tuple(seed)) for o,w in zip(x.split(n), weights)]

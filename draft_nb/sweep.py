@@ -574,12 +574,11 @@ def at_equal_diversity(
     parts = _per_prompt(table)
     if unknown:={*curve,rival}-{*parts}: raise ValueError(f'curve and rival must be names of points, {", ".join(parts)}; got {", ".join(sorted(unknown))}')
     x,y = (np.stack([parts[n][c].to_numpy(float) for n in (*curve,rival)]) for c in (horizontal,measure)) # (points, prompts)
-    def lead(x, y):
+    def lead(x, y, **beyond):
         order = np.argsort(x[:-1])
-        return np.interp(x[-1], x[:-1][order], y[:-1][order], left=np.nan, right=np.nan)-y[-1]
+        return np.interp(x[-1], x[:-1][order], y[:-1][order], **beyond)-y[-1]
+    mean = lead(x.mean(1), y.mean(1), left=np.nan, right=np.nan)
+    if np.isnan(mean): return math.nan,math.nan,math.nan
     picks = np.random.default_rng(seed).integers(x.shape[1], size=(resamples,x.shape[1]))
-    leads = np.array([lead(x[:,p].mean(1), y[:,p].mean(1)) for p in picks])
-    mean = lead(x.mean(1), y.mean(1))
-    if np.isnan(mean) or np.isnan(leads).mean()>1-level: return math.nan,math.nan,math.nan
-    low,high = np.nanquantile(leads, [(1-level)/2, (1+level)/2])
+    low,high = np.quantile([lead(x[:,p].mean(1), y[:,p].mean(1)) for p in picks], [(1-level)/2, (1+level)/2]) # just beyond the curve its end counts
     return float(mean),float(low),float(high)

@@ -49,6 +49,7 @@ class DRaFTConfig:
     gradient_accumulation_steps:int=1       # Forward passes in an optimizer step
     num_inference_steps:int|None=None       # T, denoising steps; by default the model's own
     guidance_scale:float|None=None          # Classifier-free guidance; by default the model's own
+    guidance_interval:tuple[float,float]|None=None # Noise levels, 0 to 1, at which there is guidance; by default all
     eta:float=0.                            # Noise of DDIM's steps, 0 (none) to 1
     estimator:str='last_k'                  # Which part carries gradient: last_k (DRaFT), random_k (AlignProp), draft_lv, refl or drtune
     grad_steps:int=1                        # K, the last steps, which carry gradient; 1 to T. At most so many of random_k, even distances of drtune
@@ -67,6 +68,7 @@ class DRaFTConfig:
     max_grad_norm:float=10.                 # Longer gradients are shortened to this
     optimizer:str='adamw'                   # adamw, or adamw8bit (needs bitsandbytes)
     mixed_precision:str='no'                # no, bf16 or fp16, see accelerate
+    prefix:str|None=None                    # What runs the steps without gradient: network, merged (a copy with the LoRA in its weights) or bfloat16 (a whole copy); by default the model's own
     gradient_checkpointing:bool|None=None   # Recompute activations of denoiser and VAE in backward; by default above 100 M parameters
     vae_slicing:bool=False                  # Decode one picture after the other
     offload_text_encoders:bool=False        # Encode all prompts first, then keep the text encoders on the CPU
@@ -86,6 +88,7 @@ class DRaFTConfig:
 
     def __post_init__(self):
         object.__setattr__(self, 'sample_prompts', tuple(self.sample_prompts))
+        if self.guidance_interval is not None: object.__setattr__(self, 'guidance_interval', tuple(self.guidance_interval))
         for name,rule,ok in _rules:
             value = getattr(self, name)
             if value is not None and not ok(value): raise ValueError(f'{name} must be {rule}; got {value!r}')
@@ -102,7 +105,7 @@ _rules = [
     *[(n, 'in [0,1)', lambda v: 0<=v<1) for n in ('adam_beta1','adam_beta2','ema_decay')],
     ('eta', 'in [0,1]', lambda v: 0<=v<=1), ('diversity_floor', 'in [0,1]', lambda v: 0<=v<=1), ('stop_within', 'in (0,1]', lambda v: 0<v<=1), ('estimator', *_one_of(*estimators)),
     ('kl_reduction', *_one_of('sum','mean')), ('kl_on', *_one_of('guided','conditional')),
-    ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
+    ('prefix', *_one_of('network','merged','bfloat16')), ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
 ]
 
 # %% ../nbs/30_train.ipynb #380a4ac3
@@ -111,7 +114,7 @@ def resolve(
     model,              # A `Model`; its `steps`, `guidance_scale` and `training` fill what is None
 )->DRaFTConfig:         # With nothing left open that training needs
     "The configuration with the model's own values where none were given."
-    own = dict(num_inference_steps=model.steps, guidance_scale=model.guidance_scale, **model.training)
+    own = dict(num_inference_steps=model.steps, guidance_scale=model.guidance_scale, prefix='network') | model.training | (dict(prefix='network') if config.sharded else {})
     return replace(config, **{k:v for k,v in own.items() if getattr(config, k) is None})
 
 # %% ../nbs/30_train.ipynb #b5e9370d
@@ -125,9 +128,11 @@ def draft_loss(
     grad_steps:int=1, lv_samples:int=2, stop_within:float|None=None, # The estimator's own, see `DRaFTConfig`
     draws:torch.Generator|None=None, # Of the estimator's choices; by default `generator`
     kl_coeff:float=.1, kl_reduction:str='sum', kl_on:str='guided',
+    guidance_interval:tuple[float,float]|None=None, # Noise levels at which there is guidance; by default all
+    plain:nn.Module|None=None, # Runs the steps without gradient, see `plain_copy`
 )->tuple[Tensor,dict[str,Tensor]]: # The loss to minimise; reward (B,), kl, images (B,3,H,W) and parts (of a combined reward, by name), all detached
     "DRaFT+ on one batch: kl_coeff * KL - mean reward."
-    predict = model.denoiser(model.encode(prompts), guidance_scale)
+    predict = model.denoiser(model.encode(prompts), guidance_scale, **{k:v for k,v in dict(guidance_interval=guidance_interval, plain=plain).items() if v is not None})
     noise = model.latents(len(prompts), generator=generator)
     steps = num_inference_steps or model.steps
     schedule = model.timesteps_kwargs(noise, steps)
@@ -157,12 +162,12 @@ def evaluate(
     *, judge:Callable|None=None, # A second reward, never trained against
     weight='draft',              # Annealing weight of the pictures
     seeds:int=4,                 # Pictures of each prompt
-    steps:int|None=None, guidance_scale:float|None=None, # By default the model's own
+    steps:int|None=None, guidance_scale:float|None=None, guidance_interval:tuple[float,float]|None=None, # By default the model's own
     chunk:int=32,                # Pictures in a batch
 )->tuple[dict[str,float],Tensor,Tensor]: # Means; pictures (P,S,3,H,W); rewards (P,S)
     "Reward, judge and diversity on fixed prompts and seeds."
     rows = [(p,s) for p in prompts for s in range(seeds)]
-    images = torch.cat([sample(model, [p for p,_ in rows[k:k+chunk]], weight=weight, steps=steps, guidance_scale=guidance_scale,
+    images = torch.cat([sample(model, [p for p,_ in rows[k:k+chunk]], weight=weight, steps=steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
                                seed=[s for _,s in rows[k:k+chunk]]).images for k in range(0, len(rows), chunk)])
     texts = [p for p,_ in rows]
     def score(r): return torch.cat([r(images[k:k+chunk].to(model.device), texts[k:k+chunk]).cpu() for k in range(0, len(rows), chunk)])
@@ -323,6 +328,7 @@ class _Training:
     kl_coeff:float=0.  # As it stands, see `target_kl`
     worse:int=0        # Evaluations in a row with a better reward and a worse judge
     best:dict=field(default_factory=dict) # The evaluation with the best judge
+    plain:nn.Module|None=None # Runs the steps without gradient, see `DRaFTConfig.prefix`
     outline:nn.Module|None=None # The network in one piece but empty, where it is dealt out, see `shard`
 
     def state(self)->dict:
@@ -355,6 +361,7 @@ def _one_step(run:_Training)->dict[str,float]:
     "One optimizer step; returns its row of the history."
     c,acc,params = run.config,run.accelerator,run.model.parameters()
     began,rows = time.perf_counter(),[]
+    if run.plain is not None: run.model.update_prefix(run.plain)
     for micro in range(c.gradient_accumulation_steps):
         position = ((run.step*c.gradient_accumulation_steps)+micro)*acc.num_processes+acc.process_index
         draws = torch.Generator().manual_seed(2**31+c.seed*1_000_003+position//acc.num_processes)
@@ -363,7 +370,7 @@ def _one_step(run:_Training)->dict[str,float]:
             loss,parts = draft_loss(run.model, run.reward, prompts, generator=picture_generators(c.seed, position, c.batch_size),
                 num_inference_steps=c.num_inference_steps, guidance_scale=c.guidance_scale, eta=c.eta,
                 estimator=c.estimator, grad_steps=c.grad_steps, lv_samples=c.lv_samples, stop_within=c.stop_within, draws=draws,
-                kl_coeff=run.kl_coeff, kl_reduction=c.kl_reduction, kl_on=c.kl_on)
+                kl_coeff=run.kl_coeff, kl_reduction=c.kl_reduction, kl_on=c.kl_on, guidance_interval=c.guidance_interval, plain=run.plain)
         acc.backward(loss/c.gradient_accumulation_steps)
         rows.append(dict(loss=loss.detach(), kl=parts['kl'], reward=parts['reward'].mean(), reward_std=parts['reward'].std(correction=0)) | {f'reward_{n}':v.mean() for n,v in parts['parts'].items()})
     average_gradients(params, acc)
@@ -476,6 +483,7 @@ def _check_processes(config:DRaFTConfig, processes:int)->None:
     "Refuse what FSDP does not go with."
     if not config.sharded: return
     if processes==1: raise ValueError('sharded needs at least two processes, for example torchrun --nproc_per_node 2; got one')
+    if config.prefix!='network': raise ValueError(f'sharded goes with prefix network; got {config.prefix}')
     if config.optimizer!='adamw' or config.mixed_precision=='fp16': raise ValueError(f'sharded goes with optimizer adamw and mixed_precision no or bf16; got {config.optimizer} and {config.mixed_precision}')
 
 def _check_together(run:_Training)->None:
@@ -552,7 +560,7 @@ def fit(
     rows = [r for r in read_history(folder) if r['step']<=run.step] if config.resume else []
     def look(weight):
         if not (main or config.sharded): return {},None,None
-        with _Averaged(run): return evaluate(model, reward, test, judge=judge, weight=weight, seeds=config.sample_seeds, steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
+        with _Averaged(run): return evaluate(model, reward, test, judge=judge, weight=weight, seeds=config.sample_seeds, steps=config.num_inference_steps, guidance_scale=config.guidance_scale, guidance_interval=config.guidance_interval)
     before,base_images,base_rewards = look('base')
     run.best = run.best or dict(before)
     after,ending = (None if run.step<config.max_steps else look('draft')),''
@@ -618,8 +626,9 @@ def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     optimizer = acc.prepare(make_optimizer(model.parameters(), config))
     schedule = get_scheduler(config.lr_scheduler, optimizer.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_steps)
     average = [p.detach().clone() for p in model.parameters()] if config.ema_decay else None
+    plain = model.prefix_network(config.prefix)
     if log_with: acc.init_trackers('draft_nb', config={k:v for k,v in _plain(config).items() if isinstance(v, (int,float,str,bool))})
-    return _Training(model, reward, prompts, config, acc, optimizer, schedule, average=average, kl_coeff=config.kl_coeff, outline=outline)
+    return _Training(model, reward, prompts, config, acc, optimizer, schedule, average=average, kl_coeff=config.kl_coeff, plain=plain, outline=outline)
 
 def _begin_folder(folder:Path, model, reward, config:DRaFTConfig)->None:
     for sub in ('samples','checkpoints'): (folder/sub).mkdir(parents=True, exist_ok=True)

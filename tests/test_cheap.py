@@ -71,13 +71,36 @@ def test_the_stock_pipeline_fused_draws_the_same(model, weight):
     assert (one-two).abs().max() < 5e-5
 
 
-def test_after_a_fused_pass_no_hook_is_left(model):
-    def hooks(): return [len(m._forward_hooks) for m in model.network.modules()]
-    before = hooks()
+def test_after_a_fused_pass_nothing_is_left(model):
+    "Also where another library has put its own `forward` on a layer."
+    layers = adapters.lora_layers(model.network)
+    def own(): return [vars(o).get("forward") for o in layers]
+    assert own() == [None]*len(layers)
+    layers[0].forward = kept = layers[0].forward
+    before = own()
     with pytest.raises(KeyboardInterrupt), torch.no_grad(), adapters.lora_rows(model.network, torch.ones(2)):
-        assert hooks() != before
+        assert None not in own() and own()[0] is not kept
         raise KeyboardInterrupt
-    assert hooks() == before
+    assert own() == before
+    del layers[0].forward
+
+
+@pytest.mark.parametrize("on", [[0., 0.], [1., 1.], [0., 1.], [1., 0., 1.], [0., 1., 1., 0.]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_rows_may_be_chosen(on, dtype):
+    "Rows of the tuned model and of the base, in any order; the LoRA stays in float32 beside a base of half precision."
+    model = tuned()
+    for name, p in model.network.named_parameters():
+        if "lora_" not in name: p.data = p.data.to(dtype)
+    n = len(on)
+    x, t, cond = torch.randn(n, *model.latent_shape, generator=generator()).to(dtype), torch.tensor(601), {k: v[n:].to(dtype) for k, v in model.encode(["an emoji of a fox"]*n).items()}
+    with torch.no_grad():
+        with adapters.base_of(model.network): base = model.call(model.network, x, t, cond)
+        tune = model.call(model.network, x, t, cond)
+        with adapters.lora_rows(model.network, torch.tensor(on)): both = model.call(model.network, x, t, cond)
+    assert both.dtype == dtype and (base-tune).abs().max() > .05
+    wanted = torch.where(torch.tensor(on).bool().view(-1, 1, 1, 1), tune, base)
+    assert (both-wanted).abs().max() < (1e-5 if dtype == torch.float32 else .05)*wanted.abs().max()
 
 
 def test_what_cannot_be_switched_row_by_row_takes_two_passes(rows):

@@ -235,24 +235,27 @@ def test_model_is_left_as_it_was(model, stage):
 
 # many users
 
-def test_drawings_take_turns(stage, rows, model):
+def test_drawings_take_turns(stage, rows, model, monkeypatch):
     "Three at once, of three weights: each gets what it gets alone, no prediction overlaps another, and nothing is held between steps."
     inside, most, got = [], [], {}
-    class Watched:
-        lock = threading.Lock()
-        def __enter__(self): self.lock.acquire(); inside.append(1); most.append(len(inside))
-        def __exit__(self, *a): inside.pop(); self.lock.release()
-    stage.lock = Watched()
+    predict = model.call
+    def watched(*args):
+        inside.append(threading.current_thread().name)
+        most.append(len(inside))
+        try: return predict(*args)
+        finally: inside.pop()
+    monkeypatch.setattr(model, "call", watched)
     weights = dict(base="base", annealed="linear", aligned="draft")
     def ask(k): got[k] = demo.finished(demo.row_of(stage, replace(FOX, weight=weights[k])))
     threads = [threading.Thread(target=ask, args=(k,)) for k in weights]
     for t in threads: t.start()
     for t in threads: t.join()
     assert set(most)=={1} and not inside
+    assert {t.name for t in threading.enumerate() if t.name.startswith("drawing")}
     for k,row in rows.items(): assert torch.equal(images(got[k]), images(row))
     steps = demo.row_of(stage, replace(FOX, seed=8))
     next(steps)
-    assert not Watched.lock.locked()
+    assert stage.alone(lambda: 1)==1  # nothing is held between steps
 
 
 def test_newest_request_wins(stage):
