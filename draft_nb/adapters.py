@@ -206,11 +206,18 @@ def remerge(
     network:nn.Module,
 )->nn.Module:          # The copy
     "Bring a plain copy up to date."
-    layers = [(n,m) for n,m in network.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name,layer in layers:
-        base,own = layer.get_base_layer().weight,plain.get_submodule(name).weight
-        own.copy_(base+sum(layer.get_delta_weight(a).to(base.dtype) for a in layer.active_adapters) if own.dtype==base.dtype else
-                  base.float()+sum(layer.get_delta_weight(a).float() for a in layer.active_adapters))
+    layers,own = {n:m for n,m in network.named_modules() if isinstance(m, BaseTunerLayer)},dict(plain.named_modules())
+    for name,layer in layers.items(): _sum_into(own[name].weight, layer)
     if not layers:
         for p,q in zip(plain.parameters(), network.parameters(), strict=True): p.copy_(q)
     return plain
+
+def _sum_into(own:torch.Tensor, layer:BaseTunerLayer)->None:
+    "W + scale B A, rounded once; in one operation where all is of one dtype."
+    base,adapters = layer.get_base_layer().weight,layer.active_adapters
+    if len(adapters)==1 and isinstance(layer.get_base_layer(), nn.Linear):
+        a,b = layer.lora_A[adapters[0]].weight,layer.lora_B[adapters[0]].weight
+        if own.dtype==base.dtype==a.dtype:
+            torch.addmm(base, b, a, alpha=layer.scaling[adapters[0]], out=own)
+            return
+    own.copy_(base.float()+sum(layer.get_delta_weight(a).float() for a in adapters))

@@ -7,8 +7,8 @@ __all__ = ['SHAPES', 'CASE', 'AXES', 'PEER', 'PACKAGES', 'WHAT', 'MORE', 'settle
            'random_vae', 'random_pipeline', 'random_reward', 'make_model', 'make_reward', 'parts', 'memory', 'measure',
            'apart', 'floor_cases', 'over_floor', 'bench_floor', 'bench_annealing', 'bench_levers', 'bench_interval',
            'bench_compile', 'straight', 'bench_scaling', 'peer_python', 'theirs', 'ours', 'bench_peer', 'reached',
-           'bench_race', 'operations', 'step_operations', 'fastest', 'bench_large', 'about_machine', 'versions', 'run',
-           'table']
+           'bench_race', 'finish', 'operations', 'step_operations', 'fastest', 'bench_large', 'gain', 'about_machine',
+           'versions', 'run', 'table']
 
 # %% ../nbs/60_bench.ipynb #9de9faa8
 import json
@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -80,7 +80,7 @@ SHAPES = {
     'sdxl': dict(unet=dict(sample_size=128, block_out_channels=(320,640,1280), attention_head_dim=(5,10,20), cross_attention_dim=2048, transformer_layers_per_block=(1,2,10), use_linear_projection=True,
                            down_block_types=('DownBlock2D','CrossAttnDownBlock2D','CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D','CrossAttnUpBlock2D','UpBlock2D'),
                            addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
-                 vae=(128,256,512,512), text=12, reward='ViT-H-14', resolution=1024),
+                 vae=(128,256,512,512), text=12, second=32, reward='ViT-H-14', resolution=1024),
 }
 
 def random_unet(shape:str)->UNet2DConditionModel: return UNet2DConditionModel(**SHAPES[shape]['unet'])
@@ -104,7 +104,7 @@ def random_pipeline(
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
             unet,vae,text = random_unet(shape),random_vae(shape),CLIPTextModel(CLIPTextConfig(**small))
-            if shape=='sdxl': second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280))
+            if shape=='sdxl': second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=SHAPES[shape]['second'], num_attention_heads=20, projection_dim=1280))
     finally: torch.set_default_dtype(before)
     if shape=='sdxl': return StableDiffusionXLPipeline(vae, text, second, tokenizer, tokenizer, unet, EulerDiscreteScheduler(**schedule), add_watermarker=False)
     return StableDiffusionPipeline(vae, text, tokenizer, unet, DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1), None, None, requires_safety_checker=False)
@@ -169,6 +169,7 @@ def measure(
     "One case in this process."
     case,prompts = CASE|case,read_prompts(asset('prompts.txt'))
     model,reward,device = make_model(case),make_reward(case),case['device']
+    model.encode(prompts) # a run does this once for every prompt, in its first epoch
     with TemporaryDirectory() as folder:
         config = resolve(DRaFTConfig(output_dir=f'{folder}/run', max_steps=case['steps']+1, sample_every=10**6, checkpoint_every=10**6, sample_prompts=prompts[:1], sample_seeds=1, log_with='none', lr_warmup_steps=0,
             mixed_precision=case['autocast'], **{k:case[k] for k in ('batch_size','num_inference_steps','grad_steps','guidance_scale','kl_coeff','learning_rate','gradient_checkpointing','prefix','seed')}), model)
@@ -176,7 +177,7 @@ def measure(
         def after(row):
             if case['parts'] and not pieces:
                 pieces.update(parts(model, reward, prompts[:config.batch_size], config, model.prefix_network(config.prefix)))
-                for n,run in pieces.values(): run()
+                for _,run in pieces.values(): run()
                 return
             now = {'step':row['seconds']}
             for name,(n,run) in pieces.items():
@@ -271,7 +272,7 @@ def bench_levers(rounds_:int, minimal:bool, device='cpu')->dict[str,dict]:
         torch.autograd.grad(loss, model.parameters())
     def encoded_anew(): model._known.clear(); one()
     def by_rows():
-        whole,network = type(model).call,model.network
+        whole = type(model).call
         def halves(self, network, x, t, cond): return torch.cat([whole(self, network, a, t, {k:v[s] for k,v in cond.items()}) for s,a in zip((slice(0,B),slice(B,None)), x.chunk(2))]) if len(x)>B else whole(self, network, x, t, cond)
         type(model).call = halves
         try: one(guidance_scale=3.)
@@ -311,7 +312,7 @@ def bench_interval(minimal:bool, device='cpu')->dict[str,dict]:
 
 def bench_compile(rounds_:int, device='cpu')->dict:
     "The copy for the steps without gradient compiled: seconds until it is, and a pass of it over one as it is."
-    model,x = load('tiny', device=device),torch.randn(8, 4, 16, 16, device=device)
+    model = load('tiny', device=device)
     x = model.latents(8, generator=torch.Generator().manual_seed(0))
     plain,fast = model.prefix_network('merged'),model.prefix_network('merged')
     fast.compile()
@@ -509,13 +510,13 @@ def bench_peer(python:str, options:dict, rounds_:int, minimal:bool, say:Callable
         else:
             random_pipeline('sd15-small').save_pretrained(place)
             kinds['sd15-small'] = place,dict(guidance_scale=5., batch_size=2, rank=32)
-            kinds['sd15-small, its defaults'] = place,dict(guidance_scale=5., batch_size=2, rank=32, K=None)
         for name,(folder,more) in kinds.items():
             case,pairs = base|small|more,[]
             own,its = case,case|dict(gradient_checkpointing=True) if case['K'] is None else case
             for r in range(rounds_):
                 say(f'peer: {name}, round {r+1} of {rounds_}')
-                pairs.append((statistics.median(ours(own, 5, folder=folder)['seconds']), statistics.median(theirs(python, its, 5, folder=folder)['seconds'])))
+                n = 3 if folder else 6
+                pairs.append((statistics.median(ours(own, n, folder=folder)['seconds']), statistics.median(theirs(python, its, n, folder=folder)['seconds'])))
             peaks = ours(own, 2, True, folder=folder)['peak'],(lambda p: p['peak']-p['held'])(theirs(python, its, 2, True, folder=folder))
             found[name] = dict(throughput=spread([b/a for a,b in pairs]), seconds=dict(ours=round(statistics.median(a for a,_ in pairs), 4), theirs=round(statistics.median(b for _,b in pairs), 4)),
                                memory=round(peaks[0]/peaks[1], 3), peak=dict(ours=round(peaks[0]/1e9, 4), theirs=round(peaks[1]/1e9, 4)))
@@ -531,28 +532,33 @@ def reached(
         if y>=mark: return a if x>=mark else a+(b-a)*(mark-x)/(y-x)
     return float('inf')
 
-def bench_race(python:str, options:dict, minimal:bool, say:Callable)->dict:
+def bench_race(python:str, options:dict, minimal:bool, say:Callable, runners:Sequence[str]=('ours','ours_k5','theirs'))->dict:
     "Seconds until the same held-out reward."
-    rates = dict(ours=(1e-3,) if minimal else (1e-3,3e-3,1e-2), theirs=(1e-3,) if minimal else (3e-4,1e-3,3e-3))
-    steps,every = (2,1) if minimal else (80,5)
+    rates = dict(ours=(1e-3,3e-3,1e-2), ours_k5=(1e-3,3e-3), theirs=(3e-4,1e-3,3e-3))
+    steps,every = (2,1) if minimal else (80,10)
     held_out,curves,reward = read_prompts(asset('test_prompts.txt')),{},load_reward('tiny')
     def score(adapter):
         means,_,_ = evaluate(load('tiny', adapter=adapter), reward, held_out, weight='draft' if adapter else 'base', seeds=1 if minimal else 8)
         return means['reward']
     start = score(None)
-    for who,run in dict(ours=ours, theirs=lambda *args, **more: theirs(python, *args, **more)).items():
-        for rate in rates[who]:
+    for who in runners:
+        for rate in rates[who][:1 if minimal else None]:
             say(f'race: {who}, learning rate {rate:g}')
             with TemporaryDirectory() as place:
-                case = CASE|dict(K=1 if who=='ours' else None, learning_rate=rate, gradient_checkpointing=who=='theirs')|(dict(num_inference_steps=3, batch_size=2) if minimal else {})|options
-                found = run(case, steps, keep=dict(every=every, folder=place))
+                case = CASE|dict(K=dict(ours=1, ours_k5=2 if minimal else 5, theirs=None)[who], learning_rate=rate, gradient_checkpointing=who=='theirs')|(dict(num_inference_steps=3, batch_size=2) if minimal else {})|options
+                run = theirs if who=='theirs' else ours
+                found = run(*([python] if who=='theirs' else []), case, steps, keep=dict(every=every, folder=place))
                 curves.setdefault(who, {})[f'{rate:g}'] = [(0., start), *((t, score(Path(place)/f'step_{n:06d}')) for n,t in found['saved'])]
-    mark = min(max(r for c in curves[who].values() for _,r in c) for who in curves)
-    times = {who:min(reached(c, mark) for c in by.values()) for who,by in curves.items()}
-    half = start+(mark-start)/2
-    halves = {who:min(reached(c, half) for c in by.values()) for who,by in curves.items()}
-    return dict(start=round(start, 4), mark=round(mark, 4), seconds={k:round(v, 2) for k,v in times.items()}, half=dict(mark=round(half, 4), seconds={k:round(v, 2) for k,v in halves.items()}),
-                curves={who:{r:[(round(t, 2), round(v, 4)) for t,v in c] for r,c in by.items()} for who,by in curves.items()})
+    return finish(curves)
+
+def finish(
+    curves:dict[str,dict[str,list]], # Runner -> learning rate -> (seconds, reward)
+)->dict:
+    "When each reaches the mark at its best learning rate, and half of the way there."
+    start = next(iter(next(iter(curves.values())).values()))[0][1]
+    mark = min(max(r for c in by.values() for _,r in c) for by in curves.values())
+    def when(level): return dict(mark=round(level, 4), seconds={who:round(min(reached(c, level) for c in by.values()), 2) for who,by in curves.items()})
+    return dict(start=round(start, 4), **when(mark), half=when((start+mark)/2), curves={who:{r:[(round(t, 2), round(v, 4)) for t,v in c] for r,c in by.items()} for who,by in curves.items()})
 
 # %% ../nbs/60_bench.ipynb #f10754c8
 def operations(
@@ -619,6 +625,13 @@ def bench_large(options:dict, rounds_:int, minimal:bool, say:Callable)->dict:
 WHAT = ('floor','annealing','levers','scaling')
 MORE = ('peer','large')
 
+def gain(
+    seconds:dict[str,float], # To the mark, of ours, ours_k5 and theirs
+)->float|None:
+    "Theirs over the best of ours."
+    best = min(v for k,v in seconds.items() if k.startswith('ours'))
+    return round(seconds['theirs']/best, 2) if best else None
+
 def about_machine(device='cpu')->dict[str,str]:
     "What the numbers belong to."
     info = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').is_file() else ''
@@ -654,29 +667,30 @@ def run(
     file = folder/'bench.json'
     known = json.loads(file.read_text()) if file.is_file() else {}
     options = dict(device=device)|({} if model=='tiny' else dict(model=model, batch_size=2, rank=32, guidance_scale=5.))
-    def keep(**found):
-        known.update(found, machine=about_machine(device), versions=versions(), command=command or known.get('command', ''))
+    def keep(w=None, **found):
+        if w: known.setdefault('commands', {})[w] = command
+        known.update(found, machine=about_machine(device), versions=versions(), command='; '.join(dict.fromkeys(known['commands'].values())))
         write_aside(file, lambda p: p.write_text(json.dumps(known, indent=1)))
         write_aside(folder/'bench.md', lambda p: p.write_text(table(known), encoding='utf-8'))
     for w in what:
         began = time.perf_counter()
         if w=='floor':
             found = bench_floor(options, rounds, minimal, say)
-            keep(floor=found, step_over_floor={k:v['value'] for k,v in found.items()})
+            keep(w, floor=found, step_over_floor={k:v['value'] for k,v in found.items()})
         elif w=='annealing':
             say('annealing')
             found = bench_annealing(rounds, minimal, device)
-            keep(annealing=found, annealed_over_plain={k:v['value'] for k,v in found.items()})
+            keep(w, annealing=found, annealed_over_plain={k:v['value'] for k,v in found.items()})
         elif w=='levers':
             say('levers')
-            keep(levers=bench_levers(rounds, minimal, device), guidance_interval=bench_interval(minimal, device), **({} if minimal else dict(compiled=bench_compile(rounds, device))))
-        elif w=='scaling': keep(scaling=bench_scaling(options, rounds, minimal, say))
-        elif w=='large': keep(large=bench_large(dict(device=device), rounds, minimal, say))
+            keep(w, levers=bench_levers(rounds, minimal, device), guidance_interval=bench_interval(minimal, device), **({} if minimal else dict(compiled=bench_compile(rounds, device))))
+        elif w=='scaling': keep(w, scaling=bench_scaling(options, rounds, minimal, say))
+        elif w=='large': keep(w, large=bench_large(dict(device=device), rounds, minimal, say))
         else:
             python = peer_python(peer, say)
             found = bench_peer(python, {}, max(1, rounds//2), minimal, say)
             race = bench_race(python, {}, minimal, say)
-            keep(peer=found, race=race, vs_trl=dict(throughput=found['tiny']['throughput']['value'], memory=found['tiny']['memory'], time_to_reward=round(race['seconds']['theirs']/race['seconds']['ours'], 2) if race['seconds']['ours'] else None))
+            keep(w, peer=found, race=race, vs_trl=dict(throughput=found['tiny']['throughput']['value'], memory=found['tiny']['memory'], time_to_reward=gain(race['seconds'])))
         known.setdefault('seconds', {})[w] = round(time.perf_counter()-began)
     keep()
     return known

@@ -105,7 +105,7 @@ _rules = [
     *[(n, 'in [0,1)', lambda v: 0<=v<1) for n in ('adam_beta1','adam_beta2','ema_decay')],
     ('eta', 'in [0,1]', lambda v: 0<=v<=1), ('diversity_floor', 'in [0,1]', lambda v: 0<=v<=1), ('stop_within', 'in (0,1]', lambda v: 0<v<=1), ('estimator', *_one_of(*estimators)),
     ('kl_reduction', *_one_of('sum','mean')), ('kl_on', *_one_of('guided','conditional')),
-    ('prefix', *_one_of('network','merged','bfloat16')), ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
+    ('guidance_interval', 'two numbers, 0 <= low < high <= 1', lambda v: len(v)==2 and 0<=v[0]<v[1]<=1), ('prefix', *_one_of('network','merged','bfloat16')), ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
 ]
 
 # %% ../nbs/30_train.ipynb #380a4ac3

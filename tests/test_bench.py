@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draft_nb.bench import CASE, CASE as DEFAULTS, PEER, against, floor_cases, measure, over_floor, parts, reached, rounds, run, spread, step_operations, straight, table
+from draft_nb.bench import CASE, CASE as DEFAULTS, PEER, SHAPES, against, floor_cases, measure, over_floor, parts, reached, rounds, run, spread, step_operations, straight, table
 from draft_nb.cli import main
 
 SMALL = dict(num_inference_steps=3, batch_size=2, steps=1)
@@ -22,9 +22,19 @@ def test_the_command(tmp_path, capsys):
     assert floor["peak"] > 0 and all(v > 0 for v in floor["parts"].values())
     out = capsys.readouterr().out
     assert "step over the sum of its parts: lora_kl_k1" in out and (tmp_path / "bench.md").read_text() in out
-    run(["scaling"], tmp_path, rounds=1, minimal=True, say=lambda _: None)  # another part: what is there stays
+    run(["scaling", "large"], tmp_path, rounds=1, minimal=True, say=lambda _: None)  # other parts: what is there stays
     again = json.loads((tmp_path / "bench.json").read_text())
-    assert again["floor"] == known["floor"] and again["command"] == known["command"] and again["scaling"]["num_inference_steps"]["at"] == [5, 10]
+    assert again["floor"] == known["floor"] and again["commands"]["floor"] == known["command"] and again["scaling"]["num_inference_steps"]["at"] == [5, 10]
+    assert 0 < again["large"]["sd15-small_k1_network"]["share"] < 1.5 and "pictures a second: sd15-small_k1_network" in (tmp_path / "bench.md").read_text()
+
+
+def test_sdxl_by_its_shape(monkeypatch):
+    "The real classes, narrower: what a GPU will be asked to do."
+    unet = SHAPES["sdxl"]["unet"] | dict(sample_size=8, block_out_channels=(32, 64, 64), attention_head_dim=(2, 4, 4), transformer_layers_per_block=1)
+    monkeypatch.setitem(SHAPES, "sdxl", SHAPES["sdxl"] | dict(unet=unet, vae=(32, 32, 32, 32), text=1, second=1, resolution=64))
+    found = measure(dict(model="sdxl", rank=4, batch_size=1, num_inference_steps=2, grad_steps=2, guidance_scale=5., gradient_checkpointing=True, prefix="merged", steps=1))
+    assert len(found["rounds"]) == 1 and found["learn"] > 0
+    assert step_operations("sdxl", num_inference_steps=3, rank=4)["steps without gradient"] > 0
 
 
 @pytest.mark.parametrize("options, message", [

@@ -1,0 +1,154 @@
+"What makes steps cheaper changes nothing else: a copy for the steps without gradient, guidance in a part of the steps only."
+from copy import deepcopy
+
+import pytest
+import torch
+import yaml
+
+from draft_nb.adapters import lora_layers, plain_copy, remerge
+from draft_nb.cli import main
+from draft_nb.models import load
+from draft_nb.rewards import Reward
+from draft_nb.sampler import sample, sample_each
+from draft_nb.train import DRaFTConfig, draft_loss, fit, resolve
+
+PROMPTS = ["an emoji of a fox", "an emoji of a rose"]
+REWARD = Reward("red", lambda images, prompts: images[:, 0].mean((1, 2)))
+FAST = dict(num_inference_steps=3, batch_size=2, max_steps=3, sample_prompts=PROMPTS[:1], sample_seeds=1, log_with=None, lr_warmup_steps=0)
+
+
+def generator(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def tuned(**options):
+    model = load("tiny", device="cpu", **options)
+    for k, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, std=.05, generator=generator(k))
+    return model
+
+
+def gradient(model, plain=None, **options):
+    loss, parts = draft_loss(model, REWARD, PROMPTS, generator=generator(), num_inference_steps=4, kl_coeff=1., plain=plain, **options)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters(), materialize_grads=True)]), parts
+
+
+def apart(a, b): return ((a-b).norm()/b.norm()).item()
+
+
+@pytest.mark.parametrize("options", [{}, dict(rank=4, alpha=2.), dict(rslora=True), dict(targets=["to_q", "conv1"])])
+def test_the_merged_copy_gives_the_same_gradient(options):
+    model = tuned(**options)
+    plain = model.prefix_network("merged")
+    assert not lora_layers(plain) and not any(p.requires_grad for p in plain.parameters() if all(p is not q for q in model.parameters()))
+    wanted, parts = gradient(model)
+    got, same = gradient(model, plain)
+    assert apart(got, wanted) < 1e-4 and (same["images"]-parts["images"]).abs().max() < 1e-4
+    rough, _ = gradient(model, model.prefix_network("bfloat16"))
+    assert 0 < apart(rough, wanted) < .3
+
+
+def test_the_copy_follows_and_the_network_is_not_touched():
+    model = tuned()
+    before = {k: v.clone() for k, v in model.network.state_dict().items()}
+    plain = model.prefix_network("merged")
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(3)
+    stale, wanted = gradient(model, plain)[0], gradient(model)[0]
+    model.update_prefix(plain)
+    assert apart(gradient(model, plain)[0], wanted) < 1e-3 < apart(stale, wanted)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), [v for k, v in before.items() if "lora_" in k]): assert p.shape == q.shape
+    assert all(torch.equal(v, before[k]) for k, v in model.network.state_dict().items() if "lora_" not in k)
+
+
+def test_only_steps_without_gradient_ask_the_copy():
+    model, asked = tuned(), []
+    plain = model.prefix_network("merged")
+    plain.register_forward_pre_hook(lambda *_: asked.append("copy"))
+    model.network.register_forward_pre_hook(lambda *_: asked.append("network"))
+    gradient(model, plain)
+    assert asked == ["copy"]*3+["network"]*2  # the base, then the tuned model
+    asked.clear()
+    gradient(model, plain, estimator="drtune", grad_steps=2)
+    assert asked.count("copy") and asked.count("network") == 4
+
+
+@pytest.mark.parametrize("prefix, adapter", [("network", "lora"), ("merged", "lora"), ("bfloat16", "lora"), ("bfloat16", "full")])
+def test_a_run_learns_and_its_base_stays(tmp_path, prefix, adapter):
+    model = load("tiny", adapter, device="cpu")
+    base = {n: p.detach().clone() for n, p in (model.frozen or model.network).named_parameters() if "lora_" not in n}
+    start = [p.detach().clone() for p in model.parameters()]
+    run = fit(model, REWARD, PROMPTS, DRaFTConfig(output_dir=str(tmp_path/"run"), prefix=prefix, learning_rate=1e-3 if adapter == "lora" else 1e-5, **FAST), progress=False)
+    assert len(run.rows) == 3 and any(not torch.equal(p, q) for p, q in zip(model.parameters(), start))
+    assert all(torch.equal(p, base[n]) for n, p in (model.frozen or model.network).named_parameters() if "lora_" not in n)
+    assert yaml.safe_load((tmp_path/"run"/"config.yaml").read_text())["prefix"] == prefix
+    with pytest.raises(ValueError, match=f"prefix: '{prefix}' -> "):
+        fit(model, REWARD, PROMPTS, DRaFTConfig(output_dir=str(tmp_path/"run"), prefix="network" if prefix != "network" else "merged", learning_rate=1e-3 if adapter == "lora" else 1e-5, resume=True, **FAST), progress=False)
+
+
+def test_what_it_is_by_default():
+    assert resolve(DRaFTConfig(), load("tiny")).prefix == "merged"
+    assert resolve(DRaFTConfig(), load("tiny", dora=True)).prefix == "network"
+    assert resolve(DRaFTConfig(), load("tiny", adapter="full")).prefix == "network"
+    assert resolve(DRaFTConfig(sharded=True), load("tiny")).prefix == "network"
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="prefix must be one of network, merged, bfloat16; got 'fast'"): DRaFTConfig(prefix="fast")
+    for model in load("tiny", dora=True), load("tiny", adapter="full"):
+        with pytest.raises(ValueError, match="prefix must be network"):
+            fit(model, REWARD, PROMPTS, DRaFTConfig(output_dir=str(tmp_path/"no"), prefix="merged", **FAST), progress=False)
+    assert not (tmp_path/"no"/"config.yaml").exists()
+    model = tuned()
+    for interval in ((.8, .2), (-.1, 1.), (0., 1.1), (.5,)):
+        with pytest.raises(ValueError, match="guidance_interval must be two numbers"): sample(model, PROMPTS, steps=2, guidance_scale=3., guidance_interval=interval)
+    with pytest.raises(ValueError, match="guidance_interval must be two numbers"): DRaFTConfig(guidance_interval=(.8, .2))
+
+
+def test_a_copy_in_bfloat16_is_rounded_once():
+    model = tuned()
+    small = plain_copy(model.network, torch.bfloat16)
+    layer = next(n for n, m in model.network.named_modules() if n.endswith("to_q") and m in lora_layers(model.network))
+    own = model.network.get_submodule(layer)
+    exact = own.base_layer.weight+own.get_delta_weight("default")
+    assert torch.equal(small.get_submodule(layer).weight, exact.to(torch.bfloat16))
+    assert remerge(small, model.network) is small
+
+
+# guidance in a part of the steps
+
+def rows(model, **options):
+    seen = []
+    hook = model.network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    images = sample(model, PROMPTS, steps=5, guidance_scale=3., **options).images
+    hook.remove()
+    return seen, images
+
+
+def test_guidance_where_it_is_asked_for():
+    model = tuned()
+    whole, images = rows(model)
+    assert whole == [4]*5
+    for interval in (0., 1.), [0, 1]:
+        assert torch.equal(rows(model, guidance_interval=interval)[1], images)
+    part, others = rows(model, guidance_interval=(.3, .7))
+    own = deepcopy(model.scheduler)
+    own.set_timesteps(5)
+    wanted = [4 if 300 <= t <= 700 else 2 for t in own.timesteps.tolist()]
+    assert part == wanted and {*wanted} == {2, 4} and not torch.equal(others, images)
+    blended, _ = rows(model, guidance_interval=(.3, .7), weight="constant_0.5")
+    assert blended == [2*n for n in wanted]
+    both = sample_each(model, PROMPTS, ["base", "draft"], steps=5, guidance_scale=3., guidance_interval=(.3, .7), seed=[0, 1])
+    assert (both[1].images-sample(model, PROMPTS, steps=5, guidance_scale=3., guidance_interval=(.3, .7), seed=[0, 1]).images).abs().max() < 1e-4
+
+
+def test_guidance_interval_in_training(tmp_path, capsys):
+    model = tuned()
+    wanted, _ = gradient(model, guidance_scale=3., guidance_interval=(0., 1.))
+    assert torch.equal(gradient(model, guidance_scale=3.)[0], wanted) and apart(gradient(model, guidance_scale=3., guidance_interval=(.5, 1.))[0], wanted) > .01
+    command = ["train", "--num_inference_steps", "3", "--batch-size", "2", "--max_steps", "1", "--sample_prompts", "a fox", "--sample_seeds", "1", "--rank", "2", "--guidance_scale", "3",
+               "--output_dir", str(tmp_path/"run")]
+    assert main([*command, "--guidance_interval", "0.2", "0.8"]) == 0
+    assert yaml.safe_load((tmp_path/"run"/"config.yaml").read_text())["guidance_interval"] == [.2, .8]
+    assert main(["train", "--config", str(tmp_path/"run"/"config.yaml"), "--output_dir", str(tmp_path/"again")]) == 0
+    assert main([*command, "--guidance_interval", "0.8", "0.2"]) == 2 and "guidance_interval must be two numbers" in capsys.readouterr().err
