@@ -126,16 +126,17 @@ CASE = dict(model='tiny', adapter='lora', rank=8, batch_size=8, num_inference_st
 def make_model(case:dict): # A `Model`, at the case's resolution
     "The model of a case."
     dtype = getattr(torch, case['dtype'])
-    source = case['model'] if case['model'] in ('tiny',) or Path(case['model']).is_dir() else random_pipeline(case['model'], case['device'], dtype)
+    source = case['model'] if case['model']=='tiny' or Path(case['model']).is_dir() else random_pipeline(case['model'], case['device'], dtype)
     model = load(source, adapter=case['adapter'], device=case['device'], dtype=dtype, **(dict(rank=case['rank'], seed=case['seed']) if case['adapter']=='lora' else {}))
     if case['resolution']: model.network.register_to_config(sample_size=case['resolution']//model.pipe.vae_scale_factor)
     return model
 
 def make_reward(case:dict)->Callable:
     "The reward of a case."
-    shape = SHAPES.get(case['model'])
-    return random_reward(shape['reward'], case['device'], getattr(torch, case['dtype'])) if case['reward']=='random' else load_reward(case['reward'], case['device'])
+    if case['reward']!='random': return load_reward(case['reward'], case['device'])
+    return random_reward(SHAPES[case['model']]['reward'], case['device'], getattr(torch, case['dtype']))
 
+# %% ../nbs/60_bench.ipynb #4878a67a
 def parts(
     model, reward:Callable, prompts:Sequence[str], config:DRaFTConfig, # Of a step
     plain:nn.Module|None=None, # Runs the steps without gradient, see `draft_nb.adapters.plain_copy`
@@ -159,6 +160,7 @@ def parts(
              'base':(K if config.kl_coeff else 0, lambda: without(0.)), 'decoder and reward':(1, end), 'optimizer':(1, update)}
     return {k:v for k,v in found.items() if v[0]}
 
+# %% ../nbs/60_bench.ipynb #64841095
 def memory(field:str)->int:
     "A line of /proc/self/status in bytes: VmRSS, or VmHWM for its peak."
     return 1024*int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(field)))
@@ -171,12 +173,12 @@ def measure(
     model,reward,device = make_model(case),make_reward(case),case['device']
     model.encode(prompts) # a run does this once for every prompt, in its first epoch
     with TemporaryDirectory() as folder:
-        config = resolve(DRaFTConfig(output_dir=f'{folder}/run', max_steps=case['steps']+1, sample_every=10**6, checkpoint_every=10**6, sample_prompts=prompts[:1], sample_seeds=1, log_with='none', lr_warmup_steps=0,
+        config = resolve(DRaFTConfig(output_dir=f'{folder}/run', max_steps=case['steps']+(not case['keep']), sample_every=10**6, checkpoint_every=10**6, sample_prompts=prompts[:1], sample_seeds=1, log_with='none', lr_warmup_steps=0,
             mixed_precision=case['autocast'], **{k:case[k] for k in ('batch_size','num_inference_steps','grad_steps','guidance_scale','kl_coeff','learning_rate','gradient_checkpointing','prefix','seed')}), model)
         found,rewards,saved,pieces = [],[],[],{}
         def after(row):
-            if case['parts'] and not pieces:
-                pieces.update(parts(model, reward, prompts[:config.batch_size], config, model.prefix_network(config.prefix)))
+            if row['step']==1 and not case['keep']: # the first one warms up
+                if case['parts']: pieces.update(parts(model, reward, prompts[:config.batch_size], config, model.prefix_network(config.prefix)))
                 for _,run in pieces.values(): run()
                 return
             now = {'step':row['seconds']}
@@ -195,7 +197,7 @@ def measure(
         peak = torch.cuda.max_memory_allocated() if device!='cpu' else memory('VmHWM')
     return dict(rounds=found, held=held, peak=peak-held, reward=rewards, saved=saved, learn=sum(p.numel() for p in model.parameters()))
 
-# %% ../nbs/60_bench.ipynb #15220663
+# %% ../nbs/60_bench.ipynb #d5052a71
 _worker = 'import sys, json, draft_nb; from draft_nb.cli import quiet; quiet(); from draft_nb.bench import measure; print(json.dumps(measure(json.loads(sys.argv[1]))))'
 
 def _answer(words:list[str], **environment)->dict:
@@ -214,7 +216,7 @@ def apart(
     if peak: return _answer([sys.executable, '-c', _worker, json.dumps(case|dict(steps=2, parts=False))], **_eager_free)
     return _answer([sys.executable, '-c', _worker, json.dumps(case)])
 
-# %% ../nbs/60_bench.ipynb #dd334a42
+# %% ../nbs/60_bench.ipynb #e26a4c06
 def floor_cases(minimal:bool=False)->dict[str,dict]:
     "LoRA and full, with and without KL, K = 1, 2, 5, with and without gradient checkpointing."
     found = {f"{adapter}{'_kl' if kl else ''}_k{K}{'_checkpointed' if checkpointed else ''}":
@@ -240,7 +242,7 @@ def bench_floor(options:dict, rounds:int, minimal:bool, say:Callable)->dict[str,
         found[name] = over_floor(apart(case|options|dict(steps=rounds)))|dict(peak=round(apart(case|options, peak=True)['peak']/1e9, 4))
     return found
 
-# %% ../nbs/60_bench.ipynb #adb8fc6e
+# %% ../nbs/60_bench.ipynb #2e81b6ba
 def bench_annealing(rounds_:int, minimal:bool, device='cpu')->dict[str,dict]:
     "Each weight against the pipeline alone; six weights together against one after the other."
     model = load('tiny', adapter=asset('tiny-aligned'), device=device)
@@ -258,7 +260,7 @@ def bench_annealing(rounds_:int, minimal:bool, device='cpu')->dict[str,dict]:
     found['six_together_over_one_by_one'] = against(rounds({'one by one':lambda: [sample(model, prompts, weight=w, **options) for w in six], 'together':lambda: sample_each(model, prompts, six, **options)}, max(2, rounds_//2), device))['together']
     return found
 
-# %% ../nbs/60_bench.ipynb #562e7d11
+# %% ../nbs/60_bench.ipynb #4f056228
 def bench_levers(rounds_:int, minimal:bool, device='cpu')->dict[str,dict]:
     "One step of `tiny` with and without each lever, the time over that of the step without."
     prompts,T,B = read_prompts(asset('prompts.txt')),3 if minimal else 10,2 if minimal else 8
@@ -298,6 +300,7 @@ def bench_levers(rounds_:int, minimal:bool, device='cpu')->dict[str,dict]:
     found['guidance_interval over guidance'] = against(times, 'guidance 3, one batch')['guidance 3 for noise .2 to .8']
     return found
 
+# %% ../nbs/60_bench.ipynb #032965a6
 def bench_interval(minimal:bool, device='cpu')->dict[str,dict]:
     "What `guidance_interval` does to pictures: distance to those of full guidance, reward, judge, diversity."
     model,reward,judge = load('tiny', adapter=asset('tiny-aligned'), device=device),load_reward('tiny', device),load_reward('tiny-judge', device)
@@ -323,7 +326,7 @@ def bench_compile(rounds_:int, device='cpu')->dict:
     began = settled(device); run(fast)
     return dict(seconds_to_compile=round(settled(device)-began, 1), **against(rounds({'eager':lambda: run(plain), 'compiled':lambda: run(fast)}, rounds_, device))['compiled'])
 
-# %% ../nbs/60_bench.ipynb #2e81b6ba
+# %% ../nbs/60_bench.ipynb #d5e7c7fa
 AXES = dict(num_inference_steps=(5,10,20,40), grad_steps=(1,2,5,10), batch_size=(1,2,4,8,16), rank=(4,8,32,128), resolution=(64,96,128,192))
 
 def straight(
@@ -349,7 +352,7 @@ def bench_scaling(options:dict, rounds:int, minimal:bool, say:Callable)->dict[st
         found[axis] = dict(at=values, seconds=[s['value'] for s in seconds], quartiles=[s['quartiles'] for s in seconds], line=straight(x, [s['value'] for s in seconds]))
     return found
 
-# %% ../nbs/60_bench.ipynb #59162b6c
+# %% ../nbs/60_bench.ipynb #08dd575c
 PEER = r'''
 """One training run of TRL's AlignPropTrainer on a Stable Diffusion folder, measured; see HELP below.
 
@@ -467,6 +470,7 @@ if __name__=='__main__':
     main(SimpleNamespace(**{**HELP, **given}))
 '''
 
+# %% ../nbs/60_bench.ipynb #2ab8f57f
 def peer_python(
     folder:str|Path, # Of a virtual environment, made if it is not there
     say:Callable=print,
@@ -499,7 +503,7 @@ def ours(case:dict, steps:int, peak:bool=False, keep:dict|None=None, folder:str|
     found = apart(own, peak)
     return found|dict(seconds=[r['step'] for r in found['rounds']])
 
-# %% ../nbs/60_bench.ipynb #4aca01f8
+# %% ../nbs/60_bench.ipynb #a210575a
 def bench_peer(python:str, options:dict, rounds_:int, minimal:bool, say:Callable)->dict:
     "Throughput (ours over theirs; above 1 is faster) and memory above the loaded model (ours over theirs)."
     base,found = CASE|dict(K=1, kl_coeff=0.)|options,{}
@@ -522,7 +526,7 @@ def bench_peer(python:str, options:dict, rounds_:int, minimal:bool, say:Callable
                                memory=round(peaks[0]/peaks[1], 3), peak=dict(ours=round(peaks[0]/1e9, 4), theirs=round(peaks[1]/1e9, 4)))
     return found
 
-# %% ../nbs/60_bench.ipynb #7c69351f
+# %% ../nbs/60_bench.ipynb #6e23337d
 def reached(
     curve:Sequence[tuple[float,float]], # Seconds, reward; from the start
     mark:float,
@@ -560,7 +564,7 @@ def finish(
     def when(level): return dict(mark=round(level, 4), seconds={who:round(min(reached(c, level) for c in by.values()), 2) for who,by in curves.items()})
     return dict(start=round(start, 4), **when(mark), half=when((start+mark)/2), curves={who:{r:[(round(t, 2), round(v, 4)) for t,v in c] for r,c in by.items()} for who,by in curves.items()})
 
-# %% ../nbs/60_bench.ipynb #f10754c8
+# %% ../nbs/60_bench.ipynb #d64a68b2
 def operations(
     run:Callable,
 )->int: # Floating-point operations; a multiplication and an addition are two
@@ -621,7 +625,7 @@ def bench_large(options:dict, rounds_:int, minimal:bool, say:Callable)->dict:
                 found[f'{shape}_k{K}_{prefix}'] = dict(seconds=round(seconds, 3), pictures_a_second=round(more['batch_size']/seconds, 4), peak=round((measured['peak']+measured['held'])/1e9, 2), operations=work, share=round(work/seconds/found['operations_a_second'], 3))
     return found
 
-# %% ../nbs/60_bench.ipynb #a210575a
+# %% ../nbs/60_bench.ipynb #d09b8aca
 WHAT = ('floor','annealing','levers','scaling')
 MORE = ('peer','large')
 
@@ -645,6 +649,7 @@ def versions()->dict[str,str]:
         except PackageNotFoundError: return 'not there'
     return dict(python=platform.python_version(), **{p:one(p) for p in (*PACKAGES,'draft_nb')})
 
+# %% ../nbs/60_bench.ipynb #02790ebe
 def run(
     what:Sequence[str]=WHAT,         # Of floor, annealing, levers, scaling, peer, large
     output_dir:str|Path='bench',     # Gets bench.json and bench.md; what is there already stays
@@ -695,6 +700,7 @@ def run(
     keep()
     return known
 
+# %% ../nbs/60_bench.ipynb #f9ac8ae7
 def table(
     known:dict, # From `run`
 )->str:         # Markdown

@@ -240,6 +240,7 @@ class Sweep:
     device:str|None=None                # cpu, cuda, ...; by default a GPU where there is one
     output_dir:str|None=None            # By default RUN/sweep
 
+# %% ../nbs/42_cli.ipynb #b29637a2
 def sweep(
     args:Sweep,
 )->None:
@@ -286,7 +287,7 @@ def _sweep_prompts(args:Sweep, about:dict, source:str)->list[str]:
     from draft_nb.models import asset
     return read_prompts(asset('test_prompts.txt'))
 
-# %% ../nbs/42_cli.ipynb #b29637a2
+# %% ../nbs/42_cli.ipynb #a10c6686
 @dataclass(frozen=True)
 class App:
     "Open the slider in the browser."
@@ -302,7 +303,7 @@ def app(
     from draft_nb.demo import launch
     launch(run=args.run, port=args.port)
 
-# %% ../nbs/42_cli.ipynb #a10c6686
+# %% ../nbs/42_cli.ipynb #32127fef
 @dataclass(frozen=True)
 class Export:
     "Write what was trained for diffusers, ComfyUI and A1111, or as a whole pipeline."
@@ -325,7 +326,7 @@ def export(
     print(written)
     if args.push_to_hub: print(push_to_hub(written if written.is_dir() else written.parent, args.push_to_hub, private=args.private))
 
-# %% ../nbs/42_cli.ipynb #32127fef
+# %% ../nbs/42_cli.ipynb #636f4b28
 @dataclass(frozen=True)
 class Bench:
     "Time a step against the floor of its parts, annealing, levers, scaling; and against TRL."
@@ -349,7 +350,7 @@ def bench(
     known = run(listed(args.what), args.output_dir, model=args.model, device=args.device, rounds=args.rounds, peer=args.peer, minimal=args.minimal, command=command)
     print(f'\n{table(known)}\nAll of it: {Path(args.output_dir)/"bench.json"}')
 
-# %% ../nbs/42_cli.ipynb #636f4b28
+# %% ../nbs/42_cli.ipynb #f4d1ac24
 @dataclass(frozen=True)
 class Command:
     "What the word after `draft-nb` means."

@@ -748,6 +748,7 @@ def tradeoff(
         for r,row in zip(asked[k:k+4], rows_of(stage, asked[k:k+4], going)):
             yield dict(weight=r.weight, strength=r.strength, reward=row.reward.mean().item(), diversity=row.diversity, current=r==request)
 
+# %% ../nbs/41_demo.ipynb #39fcdc02
 def spread(
     ys:Sequence[float], # Where labels would like to be
     gap:float=14.,      # Least distance
@@ -792,7 +793,7 @@ def tradeoff_html(
     told = "More weights are being drawn." if more else "Up is better liked, right is more varied. Choose a point to set the slider. One prompt, few pictures: a hint, not a measurement."
     return f'<div class="dn-tradeoff">{drawing}<p class="dn-told" role="status">{told}</p></div>'
 
-# %% ../nbs/41_demo.ipynb #0fd0bda8
+# %% ../nbs/41_demo.ipynb #3537cc89
 @dataclass(eq=False)
 class Lesson:
     "The training of an app: at most one."
@@ -833,7 +834,7 @@ def trainable_rewards()->list[str]:
     "Rewards that are at hand and may be trained against: all but the judge."
     return [o for o in available() if o!="tiny-judge"]
 
-# %% ../nbs/41_demo.ipynb #3537cc89
+# %% ../nbs/41_demo.ipynb #bd01c4a6
 @dataclass(frozen=True)
 class Progress:
     "How far a training is."
@@ -890,7 +891,7 @@ def learn(
         yield Progress(folder, list(rows), int(steps), item is True)
         if item is True: return
 
-# %% ../nbs/41_demo.ipynb #513223b7
+# %% ../nbs/41_demo.ipynb #c7c12c20
 def _panel(
     title:str, rows:Sequence[Mapping], key:str, *also:str, # Columns of the history
 )->str:
@@ -912,7 +913,7 @@ def lesson_html(
     shown = f'<figure class="dn-sample"><img src="{_data_uri(Image.open(seen[-1]))}" alt="Base above, aligned below, after step {int(seen[-1].stem[5:])}"><figcaption>Base above, aligned below, the same noise, rewards underneath; after step {int(seen[-1].stem[5:])}</figcaption></figure>' if seen else ""
     return f'<div class="dn-lesson">{status_html(told, busy=not progress.done)}<div class="dn-panels">{panels}</div>{shown}</div>'
 
-# %% ../nbs/41_demo.ipynb #3218cb27
+# %% ../nbs/41_demo.ipynb #2cc5babb
 @contextmanager
 def readable():
     "Inside the block what a user can mend becomes the message that the browser shows."
@@ -936,7 +937,7 @@ def check_fields(
         return gr.validate(True, "")
     return [verdict(k, v) for k,v in zip(FIELDS, values)]+[gr.validate(True, "")]*(len(values)-len(FIELDS))
 
-# %% ../nbs/41_demo.ipynb #92e71b81
+# %% ../nbs/41_demo.ipynb #3374eeaf
 CSS = """
 :root { --dn-soft:#52606d; --dn-base:#64748b; --dn-annealed:#0f766e; --dn-aligned:#b45309; --dn-grid:#dfe5ea; --dn-page:#ffffff }
 .dark { --dn-soft:#a7b4c2; --dn-base:#94a3b8; --dn-annealed:#2dd4bf; --dn-aligned:#fbbf24; --dn-grid:#334155; --dn-page:#0f172a }
@@ -1004,7 +1005,7 @@ CSS = """
 }
 """
 
-# %% ../nbs/41_demo.ipynb #9aa3e39b
+# %% ../nbs/41_demo.ipynb #5e1b329a
 DRAG = """
 let held = null, timer = 0;
 const pick = () => {
@@ -1065,7 +1066,7 @@ def look()->dict:
               slider_color="*primary_700", slider_color_dark="*primary_400", block_border_width="1px", block_shadow="none")
     return dict(theme=theme, css=CSS, footer_links=["api", "settings"], run_history=False, ssr_mode=False, state_session_capacity=500)
 
-# %% ../nbs/41_demo.ipynb #5e1b329a
+# %% ../nbs/41_demo.ipynb #ed853c14
 EXAMPLES = ["an emoji of a fox", "an emoji of a red apple on a blue background", "a glossy emoji of a ghost", "an emoji of a house"]
 HEAD = """<div class="dn-head"><h1>One noise, three models</h1><p>A base model and one aligned with a reward draw your prompt from the same noise.
 Between them lies every blend: slide, and see what the reward gains and what variety costs.</p></div>"""
@@ -1109,7 +1110,7 @@ def _weight_controls(
     curve = gr.HTML(curve_html("power_2", 1., steps), label="Weight over the steps")
     return [schedule, parameter],curve
 
-# %% ../nbs/41_demo.ipynb #8a5375fb
+# %% ../nbs/41_demo.ipynb #9708112b
 def _results()->dict[str,gr.Blocks]: # Components by what `show` calls them
     "Where the rows go, and what can be done with them."
     plain = dict(apply_default_css=False)
@@ -1143,7 +1144,7 @@ def _settings(
     return [request.prompt, request.seed, request.num_images, request.steps, request.guidance_scale, request.adapter or OWN,
             schedule, gr.Slider(**slider_of(schedule)|dict(value=parameter)), request.strength]
 
-# %% ../nbs/41_demo.ipynb #ed853c14
+# %% ../nbs/41_demo.ipynb #453c1f62
 def on_gpu(
     handler:Callable,
 )->Callable:
@@ -1220,7 +1221,7 @@ def _compare_tab(
     gr.context.Context.root_block.load(arrive, None, [came, *controls, curve, out["status"]], **QUICK).then(**{**go, "fn":on_gpu(live_if), "inputs":[came, *inputs], "validator":None})
     return controls
 
-# %% ../nbs/41_demo.ipynb #9708112b
+# %% ../nbs/41_demo.ipynb #5e890900
 def _train_tab(
     stage:Stage, tabs:gr.Tabs,
     controls:list,          # Of the first tab
@@ -1260,7 +1261,7 @@ def _train_tab(
     use.click(lambda name: (name, gr.Tabs(selected="compare")), [latest], [controls[5], tabs], **QUICK).then(None, js="() => setTimeout(() => document.querySelector('#dn-generate').click(), 300)")
     return lesson
 
-# %% ../nbs/41_demo.ipynb #5e890900
+# %% ../nbs/41_demo.ipynb #b8ac350c
 def as_record(
     row:Row,
     weight:str,
@@ -1317,7 +1318,7 @@ def _programs(
         with readable(): return list(tradeoff(stage, Request(prompt, seed, num_images, steps, guidance_scale, weight, 1., adapter)))
     for f in (compare, curve, trade_off): gr.api(on_gpu(f) if f is not curve else f, api_name=f.__name__, **BUSY)
 
-# %% ../nbs/41_demo.ipynb #fef77184
+# %% ../nbs/41_demo.ipynb #10beb39c
 def build(
     model:Model|None=None,   # None is the embedded one
     reward:Reward|None=None, # The one trained for; None is the embedded one
@@ -1343,7 +1344,7 @@ def build(
         app.unload(leave)
     return app.queue(max_size=32)
 
-# %% ../nbs/41_demo.ipynb #10beb39c
+# %% ../nbs/41_demo.ipynb #a39e561b
 def adapter_of(
     run:str|Path|None, # Folder of a training, or None
 )->str|Path:           # What `load` takes as adapter

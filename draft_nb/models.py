@@ -210,6 +210,7 @@ def _move_text_encoders(self:Model, device)->None:
         if name.startswith('text_encoder') and isinstance(part, nn.Module) and part.device!=torch.device(device): part.to(device)
 Model._move_text_encoders = _move_text_encoders
 
+# %% ../nbs/12_models.ipynb #e0ce7bb3
 def latents(self:Model,
     n:int,                      # Pictures
     *, generator:torch.Generator|list[torch.Generator], # One for the batch, or one a picture
@@ -240,6 +241,7 @@ def timesteps_kwargs(self:Model,
     return {}
 Model.timesteps_kwargs = timesteps_kwargs
 
+# %% ../nbs/12_models.ipynb #54d86c1d
 def check_interval(
     interval:Sequence[float]|None,
 )->tuple[float,float]: # (0,1) for None
@@ -259,7 +261,7 @@ def denoiser(self:Model,
     return Denoiser(self, cond, self.guidance_scale if guidance_scale is None else guidance_scale, fused, check_interval(guidance_interval), plain)
 Model.denoiser = denoiser
 
-# %% ../nbs/12_models.ipynb #e0ce7bb3
+# %% ../nbs/12_models.ipynb #58e4e949
 def prefix_network(self:Model,
     kind:str,        # network, merged or bfloat16
 )->nn.Module|None:   # None for network
@@ -272,7 +274,7 @@ def update_prefix(self:Model, plain:nn.Module)->None:
     remerge(plain, self.network)
 Model.update_prefix = update_prefix
 
-# %% ../nbs/12_models.ipynb #54d86c1d
+# %% ../nbs/12_models.ipynb #1b801f56
 def save(self:Model,
     folder:str|Path,      # Made if it is not there
     weight:str|None=None, # Name of the annealing weight to recommend; kept in the LoRA file, see `recommend`
@@ -299,7 +301,7 @@ def _note(file:Path, notes:dict[str,str])->None:
     save_file(tensors, aside, metadata={**metadata, **notes})
     aside.replace(file)
 
-# %% ../nbs/12_models.ipynb #58e4e949
+# %% ../nbs/12_models.ipynb #2e0105aa
 class StableDiffusion(Model):
     "Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net, epsilon- or v-prediction."
 
@@ -319,7 +321,7 @@ class StableDiffusion(Model):
         "The network's raw prediction."
         return network(x, t, **cond, return_dict=False)[0]
 
-# %% ../nbs/12_models.ipynb #1b801f56
+# %% ../nbs/12_models.ipynb #f4e25ca4
 @dataclass(repr=False)
 class StableDiffusionXL(Model):
     "Stable Diffusion XL: two CLIP text encoders, a U-Net that is told the picture's size."
@@ -345,7 +347,7 @@ class StableDiffusionXL(Model):
         mean,std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (c.latents_mean,c.latents_std))
         return super().decode(latents*std+mean*c.scaling_factor)
 
-# %% ../nbs/12_models.ipynb #2e0105aa
+# %% ../nbs/12_models.ipynb #0ea57632
 @dataclass(repr=False)
 class PixArtSigma(Model):
     "PixArt-Sigma: T5, a transformer that predicts noise and a variance."
@@ -372,7 +374,7 @@ class PixArtSigma(Model):
             save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
         return path
 
-# %% ../nbs/12_models.ipynb #f4e25ca4
+# %% ../nbs/12_models.ipynb #092691a5
 JOINT_TARGETS = ['add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out', 'ff_context.net.0.proj', 'ff_context.net.2']
 
 def dynamic_shift(
@@ -407,7 +409,7 @@ class StableDiffusion3(Model):
         "The shift, where it depends on the size."
         return dynamic_shift(self.scheduler, latents.shape[-2]*latents.shape[-1]//self.patch**2)
 
-# %% ../nbs/12_models.ipynb #a7c9a8ba
+# %% ../nbs/12_models.ipynb #57f77da5
 @dataclass(repr=False)
 class Flux(Model):
     "FLUX.1: CLIP and T5, a transformer of joint attention with built-in guidance, flow matching."
@@ -449,7 +451,7 @@ class Flux(Model):
         if self.scheduler.config.get('use_flow_sigmas'): return {}
         return dict(sigmas=[1-i/steps for i in range(steps)], **dynamic_shift(self.scheduler, latents.shape[-2]*latents.shape[-1]//4))
 
-# %% ../nbs/12_models.ipynb #09c7acab
+# %% ../nbs/12_models.ipynb #55b1f24b
 @dataclass(repr=False)
 class Sana(Model):
     "Sana: Gemma, a transformer of linear attention, a deep-compression autoencoder, flow matching."
@@ -469,11 +471,11 @@ class Sana(Model):
         "The network's raw prediction."
         return network(x.to(self.dtype), timestep=t.expand(len(x))*network.config.timestep_scale, **cond, return_dict=False)[0].float()
 
-# %% ../nbs/12_models.ipynb #57f77da5
+# %% ../nbs/12_models.ipynb #4ec00e25
 FAMILIES = dict(StableDiffusionPipeline=StableDiffusion, StableDiffusionXLPipeline=StableDiffusionXL, StableDiffusion3Pipeline=StableDiffusion3,
                 FluxPipeline=Flux, PixArtSigmaPipeline=PixArtSigma, SanaPipeline=Sana) # pipeline class -> family
 
-# %% ../nbs/12_models.ipynb #55b1f24b
+# %% ../nbs/12_models.ipynb #fa16e63e
 def asset(
     name:str, # Folder or file below `draft_nb/assets`
 )->Path:
@@ -496,7 +498,7 @@ def check_family(
     "Refuse a pipeline that no family knows how to encode, call and decode."
     if kind not in FAMILIES: raise ValueError(f'model must be of a known family ({", ".join(FAMILIES)}); got {kind}')
 
-# %% ../nbs/12_models.ipynb #4ec00e25
+# %% ../nbs/12_models.ipynb #81abe05d
 def _single_file(file:str, config:str|Path|None, dtype:torch.dtype)->DiffusionPipeline:
     "A pipeline from a checkpoint in one file."
     if not Path(file).is_file(): raise ValueError(f'model must be a file that exists; got {file}')
@@ -532,7 +534,7 @@ def _pipeline(source, config:str|Path|None, dtype:torch.dtype)->DiffusionPipelin
     pipe.scheduler = without_history(pipe.scheduler)
     return pipe
 
-# %% ../nbs/12_models.ipynb #0b4adc08
+# %% ../nbs/12_models.ipynb #14097081
 def load(
     source,                       # "tiny", a hub id, a local folder, a .safetensors file or a diffusers pipeline
     adapter:str|Path|None='lora', # "lora", "full", None, or the path of a trained LoRA
@@ -577,6 +579,7 @@ def attach(
     if model.training.get('prefix')=='merged' and not fusable(model.network): model.training = {**model.training, 'prefix':'network'}
     return model
 
+# %% ../nbs/12_models.ipynb #f584e596
 def _place_lora(model:Model, file:Path, names:list[str])->None:
     "Put a file's tensors on the network: a pipeline's, kohya's, or of one network alone with bare or peft's own names."
     if 'load_lora_weights' not in dir(model.pipe): return load_lora(model.network, file, model.component)

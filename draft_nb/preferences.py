@@ -475,6 +475,7 @@ def fit_reward(
     if output_dir is not None: _leave(start, output_dir, history)
     return clip_reward(Path(output_dir).name if output_dir else 'learned', network, start.tokenize, device=device, **start.look),history
 
+# %% ../nbs/23_preferences.ipynb #938a9ebf
 def _scorer(start:_Start, device:torch.device, mixed_precision:str)->Callable[[Sequence[Pair]],Tensor]:
     def scores(pairs):
         with torch.autocast(device.type, torch.bfloat16) if mixed_precision=='bf16' else nullcontext(): return pair_scores(start.clip, start.tokenize, pairs, **start.look)

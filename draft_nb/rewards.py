@@ -81,6 +81,7 @@ class Reward:
 
     def __repr__(self): return f'Reward({self.name!r})'
 
+# %% ../nbs/20_rewards.ipynb #fae3c1bf
 def _shape(x)->str: return f'{tuple(x.shape)} {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
 
 def check_images(
@@ -98,7 +99,7 @@ def check_images(
     low,high = images.detach().aminmax()
     if not (low>=-.01 and high<=1.01): raise ValueError(f'images must lie in [0,1]; got {low.item():.3g} to {high.item():.3g}')
 
-# %% ../nbs/20_rewards.ipynb #980d2810
+# %% ../nbs/20_rewards.ipynb #a80cc172
 _luma = [16,11,10,16,24,40,51,61, 12,12,14,19,26,58,60,55, 14,13,16,24,40,57,69,56, 14,17,22,29,51,87,80,62,
          18,22,37,56,68,109,103,77, 24,35,55,64,81,104,113,92, 49,64,78,87,103,121,120,101, 72,92,95,98,112,100,103,99]
 _chroma = [17,18,24,47,99,99,99,99, 18,21,26,66,99,99,99,99, 24,26,56,99,99,99,99,99, 47,66,99,99,99,99,99,99, *[99]*32]
@@ -139,7 +140,7 @@ def jpeg_size(
         bits = bits+(7.6+1.17*torch.log2(1+jumps.square())+1.04*torch.log2(1+(c[...,1:]/.466).square()).sum(2)).sum(1)
     return (623+bits/8)/1000
 
-# %% ../nbs/20_rewards.ipynb #ede86232
+# %% ../nbs/20_rewards.ipynb #7b852abc
 def colorfulness(
     images:Tensor, # (B,3,H,W) in [0,1]
 )->Tensor:         # (B,), 0 for grey
@@ -149,7 +150,7 @@ def colorfulness(
     spread,mean = opponent.var(2, correction=0).sum(1),opponent.mean(2).square().sum(1)
     return (spread+1e-8).sqrt()+.3*(mean+1e-8).sqrt() # the root of 0 has no slope
 
-# %% ../nbs/20_rewards.ipynb #671ce586
+# %% ../nbs/20_rewards.ipynb #e8515606
 CLIP_MEAN,CLIP_STD = (.48145466,.4578275,.40821073),(.26862954,.26130258,.27577711) # Radford et al. 2021
 _fits = ('shortest','floor','longest','squash')
 
@@ -192,7 +193,7 @@ def clip_preprocess(
     images = square(images, size, fit, interpolation)
     return (images-images.new_tensor(mean).view(3,1,1))/images.new_tensor(std).view(3,1,1)
 
-# %% ../nbs/20_rewards.ipynb #dc180e20
+# %% ../nbs/20_rewards.ipynb #cf98fdbb
 def repeated_layers(
     network:nn.Module,
 )->Iterator[nn.Module]:
@@ -234,7 +235,7 @@ def remember(
         return known[prompt]
     return lambda prompts: torch.cat([one(p) for p in prompts])
 
-# %% ../nbs/20_rewards.ipynb #cf98fdbb
+# %% ../nbs/20_rewards.ipynb #de817bd4
 def eyes(
     clip:nn.Module, # Frozen; encode_image
     *, size:int, mean:Sequence[float]=CLIP_MEAN, std:Sequence[float]=CLIP_STD, fit:str='shortest', interpolation:str='bicubic', # See `clip_preprocess`
@@ -264,7 +265,7 @@ def clip_reward(
     texts = remember(read)
     return Reward(name, lambda images,prompts: scale*(see(images)*texts(prompts)).sum(1), features=see, precision=torch.promote_types(dtype, torch.float32))
 
-# %% ../nbs/20_rewards.ipynb #de817bd4
+# %% ../nbs/20_rewards.ipynb #3d7e8924
 class Source(NamedTuple):
     "Where the weights of a reward are to be had."
     files:tuple[str,...] # Names that the file may have
@@ -291,7 +292,7 @@ def variable(
     "hpsv2.1 -> DRAFT_NB_HPSV2_1"
     return 'DRAFT_NB_'+re.sub(r'\W', '_', name).upper()
 
-# %% ../nbs/20_rewards.ipynb #3d7e8924
+# %% ../nbs/20_rewards.ipynb #0f6aed3a
 def _inside(place:Path, source:Source)->Path|None:
     "A file, or the one that a folder holds."
     return place if place.is_file() else next((place/f for f in source.files if (place/f).is_file()), None)
@@ -336,7 +337,7 @@ def find_weights(
         f'A local copy, a file or its folder, is given as path=..., in the reward\'s text as "{name}@/folder/or/file" (on the command line --reward), '
         f'as the environment variable {variable(name)}, or in the folder {name} of a folder that DRAFT_NB_REWARDS names')
 
-# %% ../nbs/20_rewards.ipynb #0f6aed3a
+# %% ../nbs/20_rewards.ipynb #1c2a4677
 def read_weights(
     file:str|Path,
 )->dict[str,Tensor]:
@@ -382,7 +383,7 @@ def described(
     beside = file.parent/name
     return json.loads(beside.read_text()) if beside.is_file() else None
 
-# %% ../nbs/20_rewards.ipynb #1c2a4677
+# %% ../nbs/20_rewards.ipynb #9ce19a5e
 @cache
 def clip_tokens(
     length:int=77,  # Of every text, cut or padded
@@ -418,6 +419,7 @@ def open_clip_network(
     kind = (open_clip.CoCa if 'multimodal_cfg' in config else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
     with init_empty_weights(include_buffers=False): return sequence_first(kind(**config))
 
+# %% ../nbs/20_rewards.ipynb #e9021aff
 def fill_open_clip(network:nn.Module, file:Path)->nn.Module:
     "Weights in any of the formats that open_clip itself converts."
     from open_clip.convert import convert_state_dict
@@ -458,7 +460,7 @@ def local_clip(
     clip,tokenize,look = _open_clip_file(find_weights('clip', folder), '')
     return clip_reward(name, clip, tokenize, device=device, **look, **options)
 
-# %% ../nbs/20_rewards.ipynb #9ce19a5e
+# %% ../nbs/20_rewards.ipynb #21871c78
 def _clip_source(model:str, tag:str, path)->tuple[Source,dict]:
     "Where open_clip says that a tag's weights are, and its settings."
     import open_clip
@@ -481,7 +483,7 @@ def _load_hpsv2(name:str, path, **options)->Reward:
     clip,tokenize,expected = _open_clip_file(find_weights(name, path), 'ViT-H-14')
     return clip_reward(name, clip, tokenize, scaled=False, **(expected|dict(fit='longest')), **options)
 
-# %% ../nbs/20_rewards.ipynb #e9021aff
+# %% ../nbs/20_rewards.ipynb #d637781d
 class TransformersCLIP(nn.Module):
     "A CLIPModel of transformers with open_clip's method names."
     def __init__(self,
@@ -507,7 +509,7 @@ def _load_pickscore(name:str, path, **options)->Reward:
     return clip_reward(name, clip, clip_tokens(config.text_config.max_position_embeddings, mend=False),
                        size=config.vision_config.image_size, fit='floor', **options)
 
-# %% ../nbs/20_rewards.ipynb #21871c78
+# %% ../nbs/20_rewards.ipynb #58c20252
 def score_head(
     width:int, # Features that come in
 )->nn.Sequential:
@@ -541,7 +543,7 @@ def _load_aesthetic(name:str, path, **options)->Reward:
     fill(head, read_weights(file), file, called=lambda own: 'layers.'+own)
     return aesthetic_reward(name, clip, head, **expected, **options)
 
-# %% ../nbs/20_rewards.ipynb #d637781d
+# %% ../nbs/20_rewards.ipynb #9c3edd8a
 IMAGEREWARD_MEAN,IMAGEREWARD_STD = .16717362830052426,1.0333394966054072 # Of the published model over its data
 
 class BlipScorer(nn.Module):
@@ -575,7 +577,7 @@ def imagereward_name(
     for here,there in _blip_names: own = re.sub(here, there, own)
     return own
 
-# %% ../nbs/20_rewards.ipynb #58c20252
+# %% ../nbs/20_rewards.ipynb #32491282
 def bert_tokens(
     vocabulary:Path, # vocab.txt of bert-base-uncased
     length:int=35,   # Of every text, cut or padded
@@ -615,7 +617,7 @@ def _load_imagereward(name:str, path, **options)->Reward:
     fill(network, read_weights(file), file, called=imagereward_name, spare=r'^blip\.(vision_proj|text_proj)\.|embeddings\.position_ids$')
     return imagereward(name, network, bert_tokens(vocabulary), size=network.vision.config.image_size, **options)
 
-# %% ../nbs/20_rewards.ipynb #9c3edd8a
+# %% ../nbs/20_rewards.ipynb #c637f139
 def as_reward(
     f:Callable, # A `Reward`, or any function of pictures and prompts; its attribute `differentiable` may say False
 )->Reward:
@@ -656,7 +658,7 @@ def _stats(normalize, names:Sequence[str])->dict[str,tuple[float,float]]|None:
         if not (std>0 and math.isfinite(std)): raise ValueError(f'the deviation of {n} must be greater than 0 to standardise by it; got {std}')
     return stats
 
-# %% ../nbs/20_rewards.ipynb #5119fc5b
+# %% ../nbs/20_rewards.ipynb #73ddc46c
 def standardise(
     reward:Callable,
     mean:float, std:float, # Of the base's scores
@@ -678,7 +680,7 @@ def calibrate(
     scores = {r.name: r(images, prompts).double() for _,r in parts}
     return weighted(parts, normalize={n:(s.mean().item(), s.std().item()) for n,s in scores.items()})
 
-# %% ../nbs/20_rewards.ipynb #b3a16b02
+# %% ../nbs/20_rewards.ipynb #620d0462
 KNOWN = {'tiny': 'a small ResNet CLIP, made for the embedded model', 'tiny-judge': 'a small ViT CLIP of another seed, never trained against',
          'jpeg': 'minus the size as a JPEG, in kB', 'colorfulness': 'after Hasler & Süsstrunk', 'clip': 'any CLIP of open_clip, as clip:MODEL/TAG; by default ViT-L-14/openai',
          'pickscore': 'trained on Pick-a-Pic', 'hpsv2': 'trained on HPD v2', 'hpsv2.1': 'trained on HPD v2, cleaned',
@@ -702,7 +704,7 @@ def _term(sign:str, text:str)->tuple[float,str,str|None]:
     except ValueError: raise ValueError(f'a weight of a combination must be a number; got {weight.strip()!r} in {text!r} (signs between parts stand between spaces)') from None
     return -value if sign=='-' else value, name.strip(), path.strip() if at else None
 
-# %% ../nbs/20_rewards.ipynb #b82fa23d
+# %% ../nbs/20_rewards.ipynb #bea5f292
 def load_reward(
     spec:str|Callable, # A name of `KNOWN`, a combination like "0.7*pickscore - 0.1*jpeg", a CLIP folder, or a callable
     device:str|torch.device|None=None, # By default a GPU where there is one

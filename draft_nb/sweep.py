@@ -320,6 +320,7 @@ def _width(look:Callable, model)->int:
     size = model.latent_shape[-1]*model.pipe.vae_scale_factor
     return look(torch.full((1,3,size,size), .5, device=model.device)).shape[1]
 
+# %% ../nbs/32_sweep.ipynb #e685b16c
 def _fill(store:_Store, model, prompts, points, seeds, rewards, look, options:dict, chunk:int, progress:bool)->None:
     "Draw and score what is not there yet."
     pairs,done = [(p,s) for p in prompts for s in seeds],store.done()
@@ -356,7 +357,7 @@ def _keep_pictures(folder:Path, name:str, pictures:list, which:list[tuple[int,in
     (folder/'pictures').mkdir(exist_ok=True)
     for j,seed in which: pictures[j].save(folder/'pictures'/f'{name}-{seed}.png')
 
-# %% ../nbs/32_sweep.ipynb #69eebd46
+# %% ../nbs/32_sweep.ipynb #95ce0b5f
 def measured(
     table:pd.DataFrame, # Of `sweep` or `compare`
 )->list[str]:           # The trained reward first, the judge second
@@ -411,7 +412,7 @@ def _with_ends(
     if len(x)>1 and math.isfinite(mean): low,high = interval(x, level) if b is None else paired_interval(x, b, level)
     return {name:mean, f'{name}_low':low, f'{name}_high':high}
 
-# %% ../nbs/32_sweep.ipynb #0387cf6a
+# %% ../nbs/32_sweep.ipynb #6680580a
 RULE = ('among the weights that no other one beats in both the held-out judge and diversity, the one that the judge scores best, '
         'if its gain over the base is above 0 beyond the 95 % interval and it keeps at least {keep:.0%} of the base\'s diversity; else the base')
 
@@ -431,7 +432,7 @@ def recommended_weight(
     good = plain[front & (plain[f'{judge}_gain_low']>0) & (plain.diversity>=keep*zero.diversity)]
     return good.loc[good[judge].idxmax()].weight if len(good) else 'base'
 
-# %% ../nbs/32_sweep.ipynb #22e8f15c
+# %% ../nbs/32_sweep.ipynb #15ececa2
 def _gain(row:pd.Series, m:str)->str: return f'{row[f"{m}_gain"]:+.3g} [{row[f"{m}_gain_low"]:+.3g}, {row[f"{m}_gain_high"]:+.3g}]'
 
 def report(
@@ -453,7 +454,7 @@ def report(
     return best,(f'Recommended weight: `{best}` ({chosen}). Compared were {names} on {table.prompt.nunique()} prompts with {table.seed.nunique()} seeds each, all from the same noise; '
                  f'in brackets 95 % intervals over prompts. Rule: {RULE.format(keep=keep)}.{hacked}\n')
 
-# %% ../nbs/32_sweep.ipynb #6b050412
+# %% ../nbs/32_sweep.ipynb #2b91a7e0
 def tradeoff_points(
     means:pd.DataFrame,   # From `summary`
     measure:str,          # Column for the vertical axis
@@ -501,7 +502,7 @@ def _picture(path:Path)->Tensor:
     from PIL import Image
     with Image.open(path) as picture: return torch.from_numpy(np.asarray(picture.convert('RGB')).copy()).permute(2,0,1)/255
 
-# %% ../nbs/32_sweep.ipynb #101bdca1
+# %% ../nbs/32_sweep.ipynb #f54584d3
 def keep_recommendation(
     run:str|Path, # Folder of a finished run, or a LoRA file
     weight:str,   # A weight's name
@@ -521,7 +522,7 @@ def keep_recommendation(
         written.append(card)
     return written
 
-# %% ../nbs/32_sweep.ipynb #295a13ec
+# %% ../nbs/32_sweep.ipynb #49442044
 def compare(
     source,                       # The base, as for `load`
     runs:Mapping[str,str|Path],   # Name -> folder of a run, a LoRA file, or a checkpoint (`checkpoints/step_000020.pt` of a finished run)
@@ -562,7 +563,7 @@ def _load_checkpoint(model, path:Path)->None:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e: raise ValueError(f'a checkpoint must be whole; {path}: {str(e).splitlines()[0]}') from e
     for p,q in zip(model.parameters(), state['average'] or state['parameters'], strict=True): p.copy_(q)
 
-# %% ../nbs/32_sweep.ipynb #db6782f6
+# %% ../nbs/32_sweep.ipynb #6747f45a
 def at_equal_diversity(
     table:pd.DataFrame,   # Of `sweep` or `compare`, or of `by_prompt`
     curve:Sequence[str],  # Names of the points of a curve, see `summary`

@@ -592,6 +592,7 @@ def fit(
     run.accelerator.wait_for_everyone() # until the files are there
     return Run(folder, rows, before, after[0])
 
+# %% ../nbs/30_train.ipynb #b90464eb
 def _anywhere(run:_Training, ending:str)->bool:
     "Whether any process wants to end."
     if run.accelerator.num_processes==1: return bool(ending)
@@ -607,7 +608,7 @@ def _judge_evaluation(run:_Training, row:dict, before:dict, now:dict, bar)->str:
     if 'judge' in now and now['judge']>=run.best['judge']: run.best = dict(now)
     return f'the judge was below its best in {run.worse} evaluations in a row while the reward rose' if c.patience and run.worse>=c.patience else ''
 
-# %% ../nbs/30_train.ipynb #5810283e
+# %% ../nbs/30_train.ipynb #e4d7531d
 def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
     log_with = config.log_with or ('tensorboard' if find_spec('tensorboard') else None)
@@ -654,7 +655,7 @@ def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, bas
     _save_pictures(folder/'before_after.png', prompts, base, tuned, base_rewards, rewards)
     write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, replace(run.config, sample_prompts=tuple(prompts)), before, after)))
 
-# %% ../nbs/30_train.ipynb #b90464eb
+# %% ../nbs/30_train.ipynb #96e61827
 def model_card(
     model, reward, config:DRaFTConfig,
     before:dict[str,float], after:dict[str,float], # Means, see `evaluate`
@@ -693,7 +694,7 @@ Fine-tuned with DRaFT+ (`draft_nb`): {config.max_steps} steps, gradient by {how}
 
 ![reward, KL and gradient over the run](curves.png)
 
-Recommended weight: none yet; `draft-nb sweep --run path/to/this/folder` measures which one keeps most of the diversity.
+Recommended weight: none yet; `draft-nb sweep --run path/to/this/folder` compares them by a held-out judge and by diversity, and recommends one.
 
 ```python
 from draft_nb.models import load

@@ -56,8 +56,6 @@ def test_the_copy_follows_and_the_network_is_not_touched():
     stale, wanted = gradient(model, plain)[0], gradient(model)[0]
     model.update_prefix(plain)
     assert apart(gradient(model, plain)[0], wanted) < 1e-3 < apart(stale, wanted)
-    with torch.no_grad():
-        for p, q in zip(model.parameters(), [v for k, v in before.items() if "lora_" in k]): assert p.shape == q.shape
     assert all(torch.equal(v, before[k]) for k, v in model.network.state_dict().items() if "lora_" not in k)
 
 

@@ -2,11 +2,11 @@
 import io
 import json
 import math
-import tarfile
 
 import open_clip
 import pytest
 import torch
+from archives import tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -161,15 +161,6 @@ def published(rows=ROWS, **more):
     "The columns of Pick-a-Pic, as far as they matter."
     return dict(caption=[p for p, _ in rows], jpg_0=[encoded(RED, "JPEG")] * len(rows), jpg_1=[encoded(BLUE, "JPEG")] * len(rows),
                 label_0=[y for _, y in rows], label_1=[1 - y for _, y in rows], has_label=[True] * len(rows), **more)
-
-
-def tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def write(folder, ending, rows=ROWS, table=None):

@@ -1,10 +1,9 @@
 "Prompts from files that others wrote."
 import csv
-import io
 import json
-import tarfile
 
 import pytest
+from archives import tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,15 +12,6 @@ from draft_nb.models import asset
 from draft_nb.prompts import read_prompts
 
 TEXTS = ["a fox, running", "ein Fuchs im Grünen", 'the "red" fox', "狐"]
-
-
-def tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def write(folder, ending, texts, column="prompt"):
