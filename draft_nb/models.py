@@ -131,7 +131,7 @@ class Model:
     name:str='model'              # How it was loaded, for files and titles
     steps:int=50                  # Denoising steps that the family is usually sampled with
     guidance_scale:float=7.5      # Likewise
-    training:dict=field(default_factory=lambda: dict(max_steps=1000, batch_size=4, learning_rate=1e-4, kl_coeff=.1)) # For `draft_nb.train`
+    training:dict=field(default_factory=lambda: dict(max_steps=1000, batch_size=4, learning_rate=1e-4, kl_coeff=.1, reward_batch_size=1)) # For `draft_nb.train`
     frozen:nn.Module|None=None    # The base, where the whole network learns
     parked:bool=False             # Text encoders wait on the CPU, see `park_text_encoders`
     lock:object=field(default_factory=RLock, repr=False, compare=False) # Held while the network answers, see `Denoiser.parts`
@@ -145,7 +145,7 @@ class Model:
     @property
     def scheduler(self): return self.pipe.scheduler
     @property
-    def device(self)->torch.device: return self.network.device
+    def device(self)->torch.device: return next(self.network.parameters()).device
     @property
     def dtype(self)->torch.dtype: return next(p.dtype for n,p in self.network.named_parameters() if 'lora_' not in n)
     @property
@@ -556,10 +556,11 @@ def load(
         if isinstance(part, nn.Module): part.requires_grad_(False).eval()
     name = source if isinstance(source, str) else type(pipe).__name__
     model = FAMILIES[type(pipe).__name__](pipe.to(device) if pipe.dtype==dtype else pipe.to(device, dtype), name=name)
+    for part in (model.network, pipe.vae): part.to(memory_format=torch.channels_last) # only rounding differs
     if dtype==torch.float16 and pipe.vae.config.get('force_upcast'): pipe.vae.float() # half precision overflows in it
     if source=='tiny':
         model.steps,model.guidance_scale,rank = 10,1.,8 if rank is None else rank
-        model.training = dict(max_steps=80, batch_size=8, learning_rate=3e-3, kl_coeff=1., prefix='merged')
+        model.training = dict(max_steps=80, batch_size=8, learning_rate=3e-3, kl_coeff=1., prefix='merged', reward_batch_size=4)
     return attach(model, adapter, rank=32 if rank is None else rank, seed=seed, alpha=alpha, targets=targets, rslora=rslora, dora=dora,
                   base_device=base_device, base_dtype=base_dtype)
 

@@ -8,7 +8,7 @@ import yaml
 from draft_nb.adapters import lora_layers, plain_copy, remerge
 from draft_nb.cli import main
 from draft_nb.models import load
-from draft_nb.rewards import Reward
+from draft_nb.rewards import Reward, load_reward
 from draft_nb.sampler import sample, sample_each
 from draft_nb.train import DRaFTConfig, draft_loss, fit, resolve
 
@@ -27,8 +27,8 @@ def tuned(**options):
     return model
 
 
-def gradient(model, plain=None, **options):
-    loss, parts = draft_loss(model, REWARD, PROMPTS, generator=generator(), num_inference_steps=4, kl_coeff=1., plain=plain, **options)
+def gradient(model, plain=None, reward=REWARD, prompts=PROMPTS, **options):
+    loss, parts = draft_loss(model, reward, prompts, generator=generator(), num_inference_steps=4, kl_coeff=1., plain=plain, **options)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters(), materialize_grads=True)]), parts
 
 
@@ -45,6 +45,41 @@ def test_the_merged_copy_gives_the_same_gradient(options):
     assert apart(got, wanted) < 1e-4 and (same["images"]-parts["images"]).abs().max() < 1e-4
     rough, _ = gradient(model, model.prefix_network("bfloat16"))
     assert 0 < apart(rough, wanted) < .3
+
+
+@pytest.mark.parametrize("options", [{}, dict(grad_steps=3), dict(estimator="draft_lv"), dict(estimator="refl", stop_within=.5)])
+@pytest.mark.parametrize("at_a_time", [1, 2, 3])
+def test_scored_a_few_at_a_time_the_gradient_is_the_same(options, at_a_time):
+    model = tuned()
+    four = dict(prompts=PROMPTS*2, reward=load_reward("0.7*tiny + 0.3*tiny-judge"))
+    wanted, all_at_once = gradient(model, **four, **options)
+    got, few = gradient(model, reward_batch_size=at_a_time, **four, **options)
+    assert apart(got, wanted) < 2e-3  # rounding may bring a pixel to the other side of the clamp; a wrong sign at the clamp costs 2 to 3 per cent
+    for name in "reward", "images":
+        assert few[name].shape == all_at_once[name].shape and torch.allclose(few[name], all_at_once[name], atol=1e-4)
+    assert {*few["parts"]} == {*all_at_once["parts"]} and all(len(v) == 4 and torch.allclose(v, all_at_once["parts"][n], atol=1e-3) for n, v in few["parts"].items())
+
+
+def test_a_few_at_a_time_hold_fewer_activations():
+    model, held = tuned(), []
+    reward = Reward("red", lambda images, prompts: held.append(len(images)) or images[:, 0].mean((1, 2)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape[0] if t.dim() == 4 and t.shape[-1] == 64 else 0) or t, lambda t: t):
+        loss, _ = gradient_free_loss(model, reward, 2)
+    assert held == [2, 2] and max(saved) == 2  # pictures, of four
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def gradient_free_loss(model, reward, at_a_time):
+    return draft_loss(model, reward, PROMPTS*2, generator=generator(), num_inference_steps=3, kl_coeff=0., reward_batch_size=at_a_time)
+
+
+def test_which_models_score_a_few_at_a_time():
+    model = load("tiny", rank=2)
+    assert resolve(DRaFTConfig(mixed_precision="fp16"), model).reward_batch_size is None
+    assert resolve(DRaFTConfig(reward_batch_size=3), model).reward_batch_size == 3
+    assert type(model).__dataclass_fields__["training"].default_factory()["reward_batch_size"] == 1
 
 
 def test_the_copy_follows_and_the_network_is_not_touched():

@@ -231,6 +231,8 @@ def test_evaluation_pairs_the_noise(model):
     ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw8bit"),
     ({"ema_decay": 1}, r"ema_decay must be in \[0,1\); got 1"),
     ({"eta": 2}, r"eta must be in \[0,1\]; got 2"),
+    ({"reward_batch_size": 0}, "reward_batch_size must be at least 1; got 0"),
+    ({"reward_batch_size": 2, "mixed_precision": "fp16"}, "reward_batch_size must be left open with mixed_precision fp16.*; got 2"),
 ])
 def test_bad_configurations(options, message):
     with pytest.raises(ValueError, match=message):
@@ -255,6 +257,8 @@ def test_bad_runs(tmp_path):
         (model, Reward("cut", lambda i, p: colour(i.detach(), p)), PROMPTS, good, "cut must carry a gradient"),
         (model, Reward("nan", lambda i, p: colour(i, p) * float("nan")), PROMPTS, good, "reward must be finite; nan gives nan"),
         (model, Reward("one", lambda i, p: colour(i, p).mean()), PROMPTS, good, "one must return one score an image"),
+        (model, Reward("rank", lambda i, p: colour(i, p)-colour(i, p).mean()), PROMPTS, config(tmp_path, reward_batch_size=1), "reward_batch_size must be at least batch_size, 2, .* as rank does; got 1"),
+        (model, Reward("spread", lambda i, p: colour(i, p)/(colour(i, p).std(correction=0)+.01)), PROMPTS, config(tmp_path, reward_batch_size=1), "as spread does; got 1"),
     ]
     for m, reward, prompts, c, message in cases:
         with pytest.raises(ValueError, match=message):
