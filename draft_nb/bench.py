@@ -34,7 +34,7 @@ from .pipelines import annealed
 from .prompts import read_prompts
 from .rewards import clip_preprocess, load_reward
 from .sampler import sample, sample_each
-from .train import DRaFTConfig, draft_loss, evaluate, fit, make_optimizer, resolve, score_latents, write_aside
+from .train import DRaFTConfig, channels_last, draft_loss, evaluate, fit, make_optimizer, resolve, score_latents, write_aside
 
 # %% ../nbs/60_bench.ipynb #8c1e75dc
 def settled(
@@ -290,8 +290,6 @@ def bench_levers(rounds_:int, minimal:bool, device='cpu')->dict[str,dict]:
         try: one(guidance_scale=3.)
         finally: type(model).call = whole
     other = load('tiny', device=device)
-    for part in (other.network, other.pipe.vae): part.to(memory_format=torch.contiguous_format)
-    def contiguous(): backward(other)
     def autocast():
         with torch.autocast(torch.device(device).type, torch.bfloat16): one()
     def plain_attention():
@@ -300,9 +298,9 @@ def bench_levers(rounds_:int, minimal:bool, device='cpu')->dict[str,dict]:
         nn.functional.scaled_dot_product_attention = written_out
         try: one()
         finally: nn.functional.scaled_dot_product_attention = kernel
-    kinds = {'nothing':one, 'merged prefix':lambda: one('merged'), 'bfloat16 prefix':lambda: one('bfloat16'), 'bfloat16 autocast everywhere':autocast, 'weights not channels_last':contiguous, 'reward_batch_size 4':lambda: one(reward_batch_size=4), 'reward_batch_size 1':lambda: one(reward_batch_size=1), 'attention written out':plain_attention,
+    kinds = {'nothing':one, 'merged prefix':lambda: one('merged'), 'bfloat16 prefix':lambda: one('bfloat16'), 'bfloat16 autocast everywhere':autocast, 'channels_last':lambda: backward(other), 'reward_batch_size 4':lambda: one(reward_batch_size=4), 'reward_batch_size 1':lambda: one(reward_batch_size=1), 'attention written out':plain_attention,
              'prompts encoded anew':encoded_anew, 'guidance 3, one batch':lambda: one(guidance_scale=3.), 'guidance 3, two calls':by_rows, 'guidance 3 for noise .2 to .8':lambda: one(guidance_scale=3., guidance_interval=(.2,.8))}
-    times = rounds(kinds, rounds_, device)
+    with channels_last(other.network, other.pipe.vae): times = rounds(kinds, rounds_, device)
     found = against(times)
     found['guidance 3, two calls over one batch'] = against(times, 'guidance 3, one batch')['guidance 3, two calls']
     found['guidance_interval over guidance'] = against(times, 'guidance 3, one batch')['guidance 3 for noise .2 to .8']

@@ -556,7 +556,6 @@ def load(
         if isinstance(part, nn.Module): part.requires_grad_(False).eval()
     name = source if isinstance(source, str) else type(pipe).__name__
     model = FAMILIES[type(pipe).__name__](pipe.to(device) if pipe.dtype==dtype else pipe.to(device, dtype), name=name)
-    for part in (model.network, pipe.vae): part.to(memory_format=torch.channels_last) # only rounding differs
     if dtype==torch.float16 and pipe.vae.config.get('force_upcast'): pipe.vae.float() # half precision overflows in it
     if source=='tiny':
         model.steps,model.guidance_scale,rank = 10,1.,8 if rank is None else rank

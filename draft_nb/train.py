@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'DRaFTConfig', 'resolve', 'score_latents', 'draft_loss', 'evaluate', 'Run', 'write_aside', 'checkpoints',
            'save_checkpoint', 'newest_checkpoint', 'deal', 'check_space', 'check_run', 'make_optimizer',
-           'picture_generators', 'average_gradients', 'steered', 'write_history', 'read_history', 'shard', 'whole',
-           'dealt', 'alarms', 'validation', 'standardised', 'fit', 'model_card']
+           'channels_last', 'picture_generators', 'average_gradients', 'steered', 'write_history', 'read_history',
+           'shard', 'whole', 'dealt', 'alarms', 'validation', 'standardised', 'fit', 'model_card']
 
 # %% ../nbs/30_train.ipynb #3ab88559
 import copy
@@ -340,12 +340,26 @@ def make_optimizer(
 )->torch.optim.Optimizer:
     "AdamW, in 8 bits where asked for."
     options = dict(lr=config.learning_rate, betas=(config.adam_beta1,config.adam_beta2), weight_decay=config.weight_decay)
-    if config.optimizer=='adamw': return torch.optim.AdamW(parameters, **options, fused=None if config.sharded or config.mixed_precision=='fp16' else True)
+    fused = not config.sharded and config.mixed_precision!='fp16' and all(p.is_contiguous() for p in parameters)
+    if config.optimizer=='adamw': return torch.optim.AdamW(parameters, **options, fused=True if fused else None)
     if find_spec('bitsandbytes') is None: raise ValueError('optimizer adamw8bit needs the package bitsandbytes; it is not installed')
     import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
-# %% ../nbs/30_train.ipynb #16571890
+# %% ../nbs/30_train.ipynb #2af30001
+@contextmanager
+def channels_last(
+    *networks:nn.Module,
+)->Iterator[None]:
+    "Inside the block frozen convolutions keep their weights channels last."
+    held = {id(p):p for n in networks for p in n.parameters() if p.ndim==4 and not p.requires_grad}.values()
+    try:
+        for p in held: p.data = p.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for p in held: p.data = p.data.contiguous()
+
+# %% ../nbs/30_train.ipynb #c94d03b7
 @dataclass
 class _Training:
     "What a run carries from step to step."
@@ -382,7 +396,7 @@ class _Training:
         self.average = state['average'] and [dealt(q, p).to(p.device) for p,q in zip(params, state['average'], strict=True)]
         self.step,self.kl_coeff,self.worse,self.best = (state[k] for k in ('step','kl_coeff','worse','best'))
 
-# %% ../nbs/30_train.ipynb #a09921f7
+# %% ../nbs/30_train.ipynb #ebda81af
 def picture_generators(
     seed:int,       # Of the run
     position:int,   # Number of the batch, counted over all processes
@@ -429,7 +443,7 @@ def average_gradients(
     flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), 'mean')
     for p,g in zip(parameters, flat.split([g.numel() for g in grads])): p.grad = g.view_as(p)
 
-# %% ../nbs/30_train.ipynb #c3cc71e8
+# %% ../nbs/30_train.ipynb #187f55c2
 def steered(
     kl_coeff:float, # As it was
     kl:float,       # As measured
@@ -438,7 +452,7 @@ def steered(
     "A proportional controller in log space (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."
     return kl_coeff*(1+.1*min(.2, max(-.2, kl/target-1)))
 
-# %% ../nbs/30_train.ipynb #6c8d789d
+# %% ../nbs/30_train.ipynb #3f4118ba
 class _Averaged:
     "Inside the block the model carries the averaged weights."
     def __init__(self, run:_Training): self.run = run
@@ -470,12 +484,11 @@ def read_history(
     with open(folder/'history.csv', newline='') as f:
         return [{k:int(v) if k in ('step','skipped') or k.startswith('alarm_') else float(v) for k,v in r.items() if v!=''} for r in csv.DictReader(f)]
 
-# %% ../nbs/30_train.ipynb #1668caf4
+# %% ../nbs/30_train.ipynb #d02aa0de
 def shard(
     network:nn.Module, # Changed in place: its parameters become `DTensor`s
 )->nn.Module:          # The network in one piece, without numbers; see `_whole_network`
     "Deal a network out over all processes, block by block (FSDP; Zhao et al. 2023, arXiv 2304.11277)."
-    network.to(memory_format=torch.contiguous_format) # FSDP deals out nothing else
     empty = {id(p):nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=p.requires_grad) for p in network.parameters()}
     outline = copy.deepcopy(network, empty)
     mesh = init_device_mesh(network.device.type, (torch.distributed.get_world_size(),))
@@ -526,7 +539,7 @@ def _check_together(run:_Training)->None:
     steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
     if len({*steps})>1: raise ValueError(f'output_dir must be a folder that every process sees; they found checkpoints of the steps {steps}')
 
-# %% ../nbs/30_train.ipynb #d02aa0de
+# %% ../nbs/30_train.ipynb #b90464eb
 def alarms(
     base:dict[str,float],  # Means of the base, see `evaluate`
     best:dict[str,float],  # The evaluation with the best judge so far
@@ -543,7 +556,7 @@ def alarms(
         if abs(now[k]-base[k])>drift*base[k]: found[k] = f'{k} is {now[k]/base[k]:.0%} of the base\'s'
     return found
 
-# %% ../nbs/30_train.ipynb #5810283e
+# %% ../nbs/30_train.ipynb #96e61827
 def validation(
     prompts:list[str], # All prompts
     sample_prompts:Sequence[str]=(), # Prompts for the evaluations, if they were given
@@ -555,7 +568,7 @@ def validation(
     test = prompts[::len(prompts)//n][:n]
     return [p for p in prompts if p not in test] or prompts,test
 
-# %% ../nbs/30_train.ipynb #e4d7531d
+# %% ../nbs/30_train.ipynb #a5f61ff0
 def standardised(
     model,
     reward:Callable,       # Left alone, unless it was made with normalize="base"
@@ -570,7 +583,7 @@ def standardised(
     pictures = [sample(model, texts[k:k+8], weight='base', seed=list(range(k, k+len(texts[k:k+8]))), steps=config.num_inference_steps, guidance_scale=config.guidance_scale).images for k in range(0, len(texts), 8)]
     return reward.calibrated(torch.cat(pictures).to(model.device), texts)
 
-# %% ../nbs/30_train.ipynb #96e61827
+# %% ../nbs/30_train.ipynb #ca223e73
 def fit(
     model,                  # A `Model` with an adapter; trained in place
     reward:Callable,        # A differentiable `Reward`
@@ -592,6 +605,13 @@ def fit(
     if config.resume and (state:=newest_checkpoint(folder, 'cpu')): run.load(state)
     _check_together(run)
     if config.offload_text_encoders: model.park_text_encoders([*prompts, *test])
+    networks = [model.pipe.vae] if config.sharded else [model.network, run.plain, model.pipe.vae]
+    with channels_last(*[n for n in networks if n is not None]): return _learn(run, test, judge, on_step, progress)
+
+# %% ../nbs/30_train.ipynb #e9557e84
+def _learn(run:_Training, test:list[str], judge, on_step, progress:bool)->Run:
+    "From where the run stands to its end."
+    model,reward,config,folder,main = run.model,run.reward,run.config,Path(run.config.output_dir),run.accelerator.is_main_process
     rows = [r for r in read_history(folder) if r['step']<=run.step] if config.resume else []
     def look(weight):
         if not (main or config.sharded): return {},None,None
@@ -627,7 +647,7 @@ def fit(
     run.accelerator.wait_for_everyone() # until the files are there
     return Run(folder, rows, before, after[0])
 
-# %% ../nbs/30_train.ipynb #a5f61ff0
+# %% ../nbs/30_train.ipynb #2aa8fdc7
 def _anywhere(run:_Training, ending:str)->bool:
     "Whether any process wants to end."
     if run.accelerator.num_processes==1: return bool(ending)
@@ -643,7 +663,7 @@ def _judge_evaluation(run:_Training, row:dict, before:dict, now:dict, bar)->str:
     if 'judge' in now and now['judge']>=run.best['judge']: run.best = dict(now)
     return f'the judge was below its best in {run.worse} evaluations in a row while the reward rose' if c.patience and run.worse>=c.patience else ''
 
-# %% ../nbs/30_train.ipynb #ca223e73
+# %% ../nbs/30_train.ipynb #19b3bca6
 def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
     log_with = config.log_with or ('tensorboard' if find_spec('tensorboard') else None)
@@ -690,7 +710,7 @@ def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, bas
     _save_pictures(folder/'before_after.png', prompts, base, tuned, base_rewards, rewards)
     write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, replace(run.config, sample_prompts=tuple(prompts)), before, after)))
 
-# %% ../nbs/30_train.ipynb #ccda503e
+# %% ../nbs/30_train.ipynb #5783de07
 def model_card(
     model, reward, config:DRaFTConfig,
     before:dict[str,float], after:dict[str,float], # Means, see `evaluate`
