@@ -120,7 +120,7 @@ def random_reward(
     return load_reward(lambda images, prompts: nn.functional.normalize(network(clip_preprocess(images, size).to(dtype)).float(), dim=-1)[:,0])
 
 # %% ../nbs/60_bench.ipynb #80ec8a15
-CASE = dict(model='tiny', adapter='lora', rank=8, batch_size=8, num_inference_steps=10, grad_steps=1, estimator='last_k', guidance_scale=1., kl_coeff=1., learning_rate=1e-3, gradient_checkpointing=False, prefix=None, autocast='no',
+CASE = dict(model='tiny', adapter='lora', rank=8, batch_size=8, num_inference_steps=10, grad_steps=1, estimator='last_k', stop_within=None, guidance_scale=1., kl_coeff=1., learning_rate=1e-3, gradient_checkpointing=False, prefix=None, autocast='no',
             reward_batch_size=None, resolution=None, device='cpu', dtype='float32', reward='tiny', steps=7, parts=True, keep=None, seed=0)
 
 def make_model(case:dict): # A `Model`, at the case's resolution
@@ -174,7 +174,7 @@ def measure(
     model.encode(prompts) # a run does this once for every prompt, in its first epoch
     with TemporaryDirectory() as folder:
         config = resolve(DRaFTConfig(output_dir=f'{folder}/run', max_steps=case['steps']+(not case['keep']), sample_every=10**6, checkpoint_every=10**6, sample_prompts=prompts[:1], sample_seeds=1, log_with='none', lr_warmup_steps=0,
-            mixed_precision=case['autocast'], **{k:case[k] for k in ('batch_size','num_inference_steps','grad_steps','estimator','guidance_scale','kl_coeff','learning_rate','gradient_checkpointing','prefix','reward_batch_size','seed')}), model)
+            mixed_precision=case['autocast'], **{k:case[k] for k in ('batch_size','num_inference_steps','grad_steps','estimator','stop_within','guidance_scale','kl_coeff','learning_rate','gradient_checkpointing','prefix','reward_batch_size','seed')}), model)
         found,rewards,saved,pieces,peak = [],[],[],{},0
         def after(row):
             nonlocal peak
@@ -433,7 +433,7 @@ def build(a):
         sample_num_steps=a.steps, sample_eta=a.eta, sample_guidance_scale=a.guidance_scale,
         train_batch_size=a.batch, train_gradient_accumulation_steps=1, train_learning_rate=a.learning_rate,
         train_max_grad_norm=a.max_grad_norm, train_adam_weight_decay=a.weight_decay,
-        truncated_backprop_rand=a.K is None, truncated_backprop_timestep=a.steps-(a.K or 0), truncated_rand_backprop_minmax=(0,a.steps))
+        truncated_backprop_rand=a.K is None, truncated_backprop_timestep=a.steps-(a.K or 0), truncated_rand_backprop_minmax=(0,a.steps-1)) # at a.steps now and then no step keeps its gradient, and TRL stops
     random.seed(a.seed)
     trainer = AlignPropTrainer(config, score, lambda: (next(order),{}), Pipeline(a.pipe))
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
@@ -547,7 +547,7 @@ def bench_peer(python:str, options:dict, rounds_:int, minimal:bool, say:Callable
 # %% ../nbs/60_bench.ipynb #6e23337d
 RACERS = { # Beyond `CASE`, with the learning rates to try
     'ours': (dict(K=1), (1e-3,3e-3,1e-2)),
-    'ours, drtune': (dict(K=2, estimator='drtune', prefix='bfloat16'), (1e-3,3e-3,1e-2)),
+    'ours, drtune': (dict(K=2, estimator='drtune', stop_within=.9, prefix='bfloat16'), (1e-3,3e-3,1e-2)),
     'theirs': (dict(K=None, gradient_checkpointing=True), (3e-4,1e-3,3e-3)),
 }
 
@@ -570,7 +570,7 @@ def bench_race(python:str, options:dict, minimal:bool, say:Callable)->dict:
     start = score(None)
     def curve(who, rate, seed):
         say(f'race: {who}, learning rate {rate:g}, seed {seed}')
-        case = CASE|RACERS[who][0]|dict(learning_rate=rate, seed=seed)|(dict(num_inference_steps=3, batch_size=2, estimator='last_k') if minimal else {})|options
+        case = CASE|RACERS[who][0]|dict(learning_rate=rate, seed=seed)|(dict(num_inference_steps=3, batch_size=2, estimator='last_k', stop_within=None) if minimal else {})|options
         with TemporaryDirectory() as place:
             keep = dict(every=every, folder=place)
             found = theirs(python, case, steps, keep=keep) if who=='theirs' else ours(case, steps, keep=keep)
