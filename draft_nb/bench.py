@@ -398,6 +398,10 @@ def prompt_order(prompts:list[str], seed:int):
         for i in torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed*7919+epoch)): yield prompts[i]
         epoch += 1
 
+'''
+
+# %% ../nbs/60_bench.ipynb #2ab8f57f
+PEER += r'''
 
 def build(a):
     "The trainer, its pipeline, and the list to which each batch's rewards are added."
@@ -439,6 +443,10 @@ def build(a):
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     return trainer,scores
 
+'''
+
+# %% ../nbs/60_bench.ipynb #a210575a
+PEER += r'''
 
 def main(a):
     if a.K is not None and not 1<=a.K<=a.steps: raise SystemExit(f'K must be 1 to steps; got {a.K}')
@@ -477,7 +485,7 @@ if __name__=='__main__':
     main(SimpleNamespace(**{**HELP, **given}))
 '''
 
-# %% ../nbs/60_bench.ipynb #2ab8f57f
+# %% ../nbs/60_bench.ipynb #6e23337d
 def peer_python(
     folder:str|Path, # Of a virtual environment, made if it is not there
     say:Callable=print,
@@ -510,14 +518,14 @@ def ours(case:dict, steps:int, peak:bool=False, keep:dict|None=None, folder:str|
     found = apart(own, peak)
     return found|dict(seconds=[r['step'] for r in found['rounds']])
 
-# %% ../nbs/60_bench.ipynb #a210575a
+# %% ../nbs/60_bench.ipynb #0eb10e2f
 PEER_CASES = { # What both have, what only ours has, what only theirs has; beyond `CASE`
     'tiny': ({}, {}, {}),
     'tiny, reward_batch_size 2': ({}, dict(reward_batch_size=2), {}),
     'tiny, prefix bfloat16': ({}, dict(prefix='bfloat16'), {}),
-    'tiny, prefix bfloat16, reward_batch_size 1': ({}, dict(prefix='bfloat16', reward_batch_size=1), {}),
     'tiny, bfloat16 in both': (dict(autocast='bf16'), dict(dtype='bfloat16'), {}),
     'tiny, gradient_checkpointing in both': (dict(gradient_checkpointing=True), {}, {}),
+    'tiny, gradient_checkpointing in both, prefix bfloat16, reward_batch_size 2': (dict(gradient_checkpointing=True), dict(prefix='bfloat16', reward_batch_size=2), {}),
     'tiny, guidance 5': (dict(guidance_scale=5.), {}, {}),
     'tiny, its defaults': (dict(K=None), {}, dict(gradient_checkpointing=True)),
 }
@@ -544,7 +552,7 @@ def bench_peer(python:str, options:dict, rounds_:int, minimal:bool, say:Callable
                                memory=round(peaks[0]/peaks[1], 3), peak=dict(ours=round(peaks[0]/1e9, 4), theirs=round(peaks[1]/1e9, 4)))
     return found
 
-# %% ../nbs/60_bench.ipynb #6e23337d
+# %% ../nbs/60_bench.ipynb #7dc16e1f
 RACERS = { # Beyond `CASE`, with the learning rates to try
     'ours': (dict(K=1), (1e-3,3e-3,1e-2)),
     'ours, drtune': (dict(K=2, estimator='drtune', stop_within=.9, prefix='bfloat16'), (1e-3,3e-3,1e-2)),
@@ -603,7 +611,7 @@ def finish(
     return dict(start=round(start, 4), best=best, **when(mark), half=when((start+mark)/2),
                 curves={who:{f'{r:g}':brief(c) for r,c in by.items()}|{f'{best[who]:g}, seed {k+1}':brief(c) for k,c in enumerate(more[who])} for who,by in first.items()})
 
-# %% ../nbs/60_bench.ipynb #d64a68b2
+# %% ../nbs/60_bench.ipynb #9490b809
 def operations(
     run:Callable,
 )->int: # Floating-point operations; a multiplication and an addition are two
@@ -664,9 +672,9 @@ def bench_large(options:dict, rounds_:int, minimal:bool, say:Callable)->dict:
                 found[f'{shape}_k{K}_{prefix}'] = dict(seconds=round(seconds, 3), pictures_a_second=round(more['batch_size']/seconds, 4), peak=round((measured['peak']+measured['held'])/1e9, 2), operations=work, share=round(work/seconds/found['operations_a_second'], 3))
     return found
 
-# %% ../nbs/60_bench.ipynb #d09b8aca
+# %% ../nbs/60_bench.ipynb #f9ac8ae7
 WHAT = ('floor','annealing','levers','scaling')
-MORE = ('peer','large')
+MORE = ('peer','race','large')
 
 def gain(
     seconds:dict[str,float|None], # To the mark, by runner; None is never
@@ -676,12 +684,12 @@ def gain(
     return round(theirs/min(ours), 2) if ours and theirs else None
 
 def versus(
-    peer:dict, race:dict, # From `bench_peer` and `bench_race`
-)->dict:                  # throughput, memory (ours over theirs), time_to_reward (theirs over ours); and the first two with two options
-    "The comparison in three numbers: ours as it comes, and as lean as it gets."
-    def both(name): return dict(throughput=peer[name]['throughput']['value'], memory=peer[name]['memory'])
-    lean = 'prefix bfloat16, reward_batch_size 1'
-    return both('tiny')|dict(time_to_reward=gain(race['seconds']))|({lean:both(f'tiny, {lean}')} if f'tiny, {lean}' in peer else {})
+    peer:dict[str,dict],  # From `bench_peer`; empty if it did not run
+    race:dict|None,       # From `bench_race`, likewise
+)->dict:                  # throughput, memory (ours over theirs) and time_to_reward (theirs over ours), as far as they are known
+    "The comparison in three numbers."
+    equal = dict(throughput=peer['tiny']['throughput']['value'], memory=peer['tiny']['memory']) if peer else {}
+    return equal|(dict(time_to_reward=gain(race['seconds'])) if race else {})
 
 def about_machine(device='cpu')->dict[str,str]:
     "What the numbers belong to."
@@ -696,9 +704,9 @@ def versions()->dict[str,str]:
         except PackageNotFoundError: return 'not there'
     return dict(python=platform.python_version(), **{p:one(p) for p in (*PACKAGES,'draft_nb')})
 
-# %% ../nbs/60_bench.ipynb #02790ebe
+# %% ../nbs/60_bench.ipynb #2269e413
 def run(
-    what:Sequence[str]=WHAT,         # Of floor, annealing, levers, scaling, peer, large
+    what:Sequence[str]=WHAT,         # Of floor, annealing, levers, scaling, peer, race, large
     output_dir:str|Path='bench',     # Gets bench.json and bench.md; what is there already stays
     *, model:str='tiny',             # tiny or sd15-small, for floor and scaling
     device:str='cpu',                # cpu or cuda
@@ -711,7 +719,7 @@ def run(
     "Measure, and leave `bench.json` and `bench.md`."
     if unknown:=[w for w in what if w not in (*WHAT,*MORE)]: raise ValueError(f'what must be of {", ".join((*WHAT,*MORE))}; got {unknown[0]!r}')
     if rounds<1: raise ValueError(f'rounds must be at least 1; got {rounds}')
-    if 'peer' in what and not peer: raise ValueError('what peer needs --peer, the folder of a virtual environment with TRL 0.23.1; it is made if it is not there')
+    if not peer and (beside := [w for w in what if w in ('peer','race')]): raise ValueError(f'what {beside[0]} needs --peer, the folder of a virtual environment with TRL 0.23.1; it is made if it is not there')
     if model not in ('tiny','sd15-small'): raise ValueError(f'model must be tiny or sd15-small (see what=large for the others); got {model!r}')
     if device!='cpu' and not torch.cuda.is_available(): raise ValueError(f'device must be there; got {device!r}, and there is no GPU')
     folder = Path(output_dir)
@@ -740,15 +748,13 @@ def run(
         elif w=='large': keep(w, large=bench_large(dict(device=device), rounds, minimal, say))
         else:
             python = peer_python(peer, say)
-            found = bench_peer(python, {}, max(1, rounds//2), minimal, say)
-            keep(w, peer=found)
-            race = bench_race(python, {}, minimal, say)
-            keep(w, race=race, vs_trl=versus(found, race))
+            keep(w, **{w:bench_race(python, {}, minimal, say) if w=='race' else bench_peer(python, {}, max(1, rounds//2), minimal, say)})
+            keep(vs_trl=versus(known.get('peer', {}), known.get('race')))
         known.setdefault('seconds', {})[w] = round(time.perf_counter()-began)
     keep()
     return known
 
-# %% ../nbs/60_bench.ipynb #f9ac8ae7
+# %% ../nbs/60_bench.ipynb #1c90a664
 def table(
     known:dict, # From `run`
 )->str:         # Markdown
@@ -759,7 +765,7 @@ def table(
         if 'value' in v: rows.append((f'sampling over plain sampling: {k}', f"{v['value']:.2f}", f"{v['seconds']:.2f} s"))
     for k,v in known.get('levers', {}).items(): rows.append((f'step with a lever over the step without: {k}', f"{v['value']:.2f}", f"{v['seconds']:.3f} s"))
     for k,v in known.get('peer', {}).items(): rows += [(f'throughput over TRL 0.23.1: {k}', f"{v['throughput']['value']:.2f}", f"{v['seconds']['ours']:.3f} s and {v['seconds']['theirs']:.3f} s"), (f'memory over TRL 0.23.1: {k}', f"{v['memory']:.2f}", f"{v['peak']['ours']:.2f} GB and {v['peak']['theirs']:.2f} GB")]
-    if race:=known.get('race'): rows.append(('time to the same held-out reward, TRL 0.23.1 over ours', f"{known['vs_trl']['time_to_reward']}", ', '.join(f'{who} {t} s' for who,t in race['seconds'].items())))
+    if race:=known.get('race'): rows.append(('time to the same held-out reward, TRL 0.23.1 over ours', f"{gain(race['seconds'])}", ', '.join(f'{who} {t} s' for who,t in race['seconds'].items())))
     for k,v in known.get('large', {}).items():
         if k!='operations_a_second': rows.append((f'pictures a second: {k}', f"{v['pictures_a_second']:.3f}", f"{v['peak']:.1f} GB, {v['share']:.0%} of the peak"))
     machine = known.get('machine', {})

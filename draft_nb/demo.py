@@ -960,6 +960,10 @@ CSS = """
 .dn-line { fill:none; stroke:var(--dn-annealed); stroke-width:2; stroke-linejoin:round; stroke-linecap:round }
 .dn-faint { opacity:.3; stroke-width:1.4 } .dn-held { stroke:var(--dn-aligned) }
 .dn-curve { margin:0 } .dn-curve svg { max-width:420px; margin:auto } .dn-curve figcaption { text-align:center }
+"""
+
+# %% ../nbs/41_demo.ipynb #8a5375fb
+CSS += """
 .dn-row { display:grid; grid-template-columns:215px minmax(0,1fr); gap:1.2rem; padding:1rem 0 0; border-top:1px solid var(--border-color-primary) }
 .dn-row h2 { font-size:1.05rem; font-weight:650; margin:0; color:var(--body-text-color) }
 .dn-row h2::before { content:""; display:inline-block; width:.62em; height:.62em; border-radius:50%; margin-right:.5em; background:var(--dn-c) }
@@ -1005,7 +1009,7 @@ CSS = """
 }
 """
 
-# %% ../nbs/41_demo.ipynb #5e1b329a
+# %% ../nbs/41_demo.ipynb #ed853c14
 DRAG = """
 let held = null, timer = 0;
 const pick = () => {
@@ -1066,7 +1070,7 @@ def look()->dict:
               slider_color="*primary_700", slider_color_dark="*primary_400", block_border_width="1px", block_shadow="none")
     return dict(theme=theme, css=CSS, footer_links=["api", "settings"], run_history=False, ssr_mode=False, state_session_capacity=500)
 
-# %% ../nbs/41_demo.ipynb #ed853c14
+# %% ../nbs/41_demo.ipynb #453c1f62
 EXAMPLES = ["an emoji of a fox", "an emoji of a red apple on a blue background", "a glossy emoji of a ghost", "an emoji of a house"]
 HEAD = """<div class="dn-head"><h1>One noise, three models</h1><p>A base model and one aligned with a reward draw your prompt from the same noise.
 Between them lies every blend: slide, and see what the reward gains and what variety costs.</p></div>"""
@@ -1110,7 +1114,7 @@ def _weight_controls(
     curve = gr.HTML(curve_html("power_2", 1., steps), label="Weight over the steps")
     return [schedule, parameter],curve
 
-# %% ../nbs/41_demo.ipynb #9708112b
+# %% ../nbs/41_demo.ipynb #5e890900
 def _results()->dict[str,gr.Blocks]: # Components by what `show` calls them
     "Where the rows go, and what can be done with them."
     plain = dict(apply_default_css=False)
@@ -1144,7 +1148,19 @@ def _settings(
     return [request.prompt, request.seed, request.num_images, request.steps, request.guidance_scale, request.adapter or OWN,
             schedule, gr.Slider(**slider_of(schedule)|dict(value=parameter)), request.strength]
 
-# %% ../nbs/41_demo.ipynb #453c1f62
+def _arrival(
+    stage:Stage, query:dict, # The page's address, behind the question mark
+)->tuple: # Whether there is something to draw; the controls, the curve, and what stands where the pictures will
+    "What a visitor finds; a link that makes no sense is named there, where a raised error would mark every field."
+    said = gr.skip()
+    try: request = request_of(query)
+    except ValueError as e: request,said = None,f'<div class="dn-empty" role="alert">{html.escape(str(e), quote=False)}. Choose a prompt, then press Generate.</div>'
+    menu = gr.Dropdown(adapters(stage), value=request.adapter or OWN if request else OWN)
+    if request is None: return False, *[gr.skip()]*5, menu, *[gr.skip()]*4, said
+    settings = _settings(request)
+    return True, *settings[:5], menu, *settings[6:], curve_html(request.weight, request.strength, request.steps), said
+
+# %% ../nbs/41_demo.ipynb #fef77184
 def on_gpu(
     handler:Callable,
 )->Callable:
@@ -1156,6 +1172,7 @@ def on_gpu(
 BUSY = dict(concurrency_limit=4, concurrency_id="model") # Drawings that take turns; others wait in the queue
 QUICK = dict(show_progress="hidden", queue=False, api_visibility="private", trigger_mode="always_last")
 
+# %% ../nbs/41_demo.ipynb #10beb39c
 def _compare_tab(
     stage:Stage, examples:Sequence[str],
 )->list: # The controls
@@ -1195,14 +1212,7 @@ def _compare_tab(
     def point(steps, data:gr.EventData):
         schedule,parameter = schedule_of(data.weight)
         return schedule, gr.Slider(**slider_of(schedule)|dict(value=parameter)), data.strength, curve_html(data.weight, data.strength, steps)
-    def arrive(user:gr.Request):
-        said = gr.skip() # an error while the page loads would mark every field: what is wrong with the link stands where the pictures would
-        try: request = request_of(dict(user.query_params))
-        except ValueError as e: request,said = None,f'<div class="dn-empty" role="alert">{html.escape(str(e), quote=False)}. Choose a prompt, then press Generate.</div>'
-        menu = gr.Dropdown(adapters(stage), value=request.adapter or OWN if request else OWN)
-        if request is None: return False, *[gr.skip()]*5, menu, *[gr.skip()]*4, said
-        settings = _settings(request)
-        return True, *settings[:5], menu, *settings[6:], curve_html(request.weight, request.strength, request.steps), said
+    def arrive(user:gr.Request): return _arrival(stage, dict(user.query_params))
     def live_if(came, prompt, seed, images, steps, guidance, adapter, schedule, parameter, strength, which, pair, user:gr.Request):
         if not came: yield {shown:gr.skip()} # a generator that gives nothing would empty the page
         else: yield from live(prompt, seed, images, steps, guidance, adapter, schedule, parameter, strength, which, pair, user)
@@ -1221,7 +1231,7 @@ def _compare_tab(
     gr.context.Context.root_block.load(arrive, None, [came, *controls, curve, out["status"]], **QUICK).then(**{**go, "fn":on_gpu(live_if), "inputs":[came, *inputs], "validator":None})
     return controls
 
-# %% ../nbs/41_demo.ipynb #5e890900
+# %% ../nbs/41_demo.ipynb #e7714d82
 def _train_tab(
     stage:Stage, tabs:gr.Tabs,
     controls:list,          # Of the first tab
@@ -1261,7 +1271,7 @@ def _train_tab(
     use.click(lambda name: (name, gr.Tabs(selected="compare")), [latest], [controls[5], tabs], **QUICK).then(None, js="() => setTimeout(() => document.querySelector('#dn-generate').click(), 300)")
     return lesson
 
-# %% ../nbs/41_demo.ipynb #b8ac350c
+# %% ../nbs/41_demo.ipynb #ca214b44
 def as_record(
     row:Row,
     weight:str,
@@ -1318,7 +1328,7 @@ def _programs(
         with readable(): return list(tradeoff(stage, Request(prompt, seed, num_images, steps, guidance_scale, weight, 1., adapter)))
     for f in (compare, curve, trade_off): gr.api(on_gpu(f) if f is not curve else f, api_name=f.__name__, **BUSY)
 
-# %% ../nbs/41_demo.ipynb #10beb39c
+# %% ../nbs/41_demo.ipynb #ca4c302b
 def build(
     model:Model|None=None,   # None is the embedded one
     reward:Reward|None=None, # The one trained for; None is the embedded one
@@ -1344,7 +1354,7 @@ def build(
         app.unload(leave)
     return app.queue(max_size=32)
 
-# %% ../nbs/41_demo.ipynb #a39e561b
+# %% ../nbs/41_demo.ipynb #79b98a2f
 def adapter_of(
     run:str|Path|None, # Folder of a training, or None
 )->str|Path:           # What `load` takes as adapter

@@ -49,13 +49,34 @@ def clamp_unit(
 
 # %% ../nbs/12_models.ipynb #1664b0d7
 @dataclass(frozen=True)
-class Denoiser:
-    "`predict(x, t, w)` for one batch of prompts; made by `Model.denoiser`."
+class _Asked:
+    "One network's answers for one batch of prompts."
     model:'Model'
     cond:dict[str,Tensor] # What the network gets beside x and t, without prompt first: (2B, ...)
     guidance_scale:float  # s; guidance is off at 1 and below
+    guidance_interval:tuple[float,float] # Noise levels, t over the number of training steps, at which there is guidance
+
+    def _pairs(self, t:Tensor)->bool:
+        "Whether every row goes through the network twice, without and with prompt."
+        if self.guidance_scale<=1 or self.guidance_interval==(0.,1.): return self.guidance_scale>1
+        low,high = self.guidance_interval
+        return low<=float(t)/self.model.scheduler.config.num_train_timesteps<=high
+
+    def _guided(self, network:nn.Module, x:Tensor, t:Tensor, rows:Tensor|None=None)->tuple[Tensor,Tensor]:
+        "The guided prediction, and the one with the prompt alone; of some rows, if they are named."
+        n,cond = len(x),self.cond
+        if rows is not None: x,cond = x[rows],{k:torch.cat([v[rows],v[n+rows]]) for k,v in cond.items()}
+        if not self._pairs(t):
+            out = self.model.call(network, x, t, {k:v[len(x):] for k,v in cond.items()})
+            return out,out
+        without,prompted = self.model.call(network, torch.cat([x,x]), t, cond).chunk(2)
+        return without+self.guidance_scale*(prompted-without),prompted
+
+# %% ../nbs/12_models.ipynb #80309575
+@dataclass(frozen=True)
+class Denoiser(_Asked):
+    "`predict(x, t, w)` for one batch of prompts; made by `Model.denoiser`."
     fused:bool=True       # Base and tuned in one batch where a step needs both; two passes need less memory
-    guidance_interval:tuple[float,float]=(0.,1.) # Noise levels, t over the number of training steps, at which there is guidance
     plain:nn.Module|None=None # Answers for the tuned model where no gradient is asked for, see `plain_copy`
 
     def __call__(self,
@@ -108,22 +129,7 @@ class Denoiser:
         if torch.is_grad_enabled() and not everywhere(w, 1) and self.model.network.is_gradient_checkpointing:
             raise ValueError(f'weight must be 1 where gradients flow through a network with gradient checkpointing: its second forward pass would see another adapter; got {w}')
 
-    def _pairs(self, t:Tensor)->bool:
-        "Whether every row goes through the network twice, without and with prompt."
-        if self.guidance_scale<=1 or self.guidance_interval==(0.,1.): return self.guidance_scale>1
-        low,high = self.guidance_interval
-        return low<=float(t)/self.model.scheduler.config.num_train_timesteps<=high
-
-    def _guided(self, network:nn.Module, x:Tensor, t:Tensor, rows:Tensor|None=None)->tuple[Tensor,Tensor]:
-        n,cond = len(x),self.cond
-        if rows is not None: x,cond = x[rows],{k:torch.cat([v[rows],v[n+rows]]) for k,v in cond.items()}
-        if not self._pairs(t):
-            out = self.model.call(network, x, t, {k:v[len(x):] for k,v in cond.items()})
-            return out,out
-        without,prompted = self.model.call(network, torch.cat([x,x]), t, cond).chunk(2)
-        return without+self.guidance_scale*(prompted-without),prompted
-
-# %% ../nbs/12_models.ipynb #80309575
+# %% ../nbs/12_models.ipynb #e068c1fb
 @dataclass
 class Model:
     "A diffusers pipeline with an adapter; see `load`."
@@ -167,7 +173,7 @@ class Model:
         kind = f'LoRA on {len(lora_layers(self.network))} layers' if lora_layers(self.network) else 'full' if self.frozen is not None else 'no adapter'
         return f'{type(self).__name__}({self.name!r}, {kind}, {learns:,} parameters learn, {self.steps} steps, guidance {self.guidance_scale:g}, {self.device})'
 
-# %% ../nbs/12_models.ipynb #e068c1fb
+# %% ../nbs/12_models.ipynb #e0ce7bb3
 def check_prompts(
     prompts:Sequence[str],
 )->list[str]:
@@ -210,7 +216,7 @@ def _move_text_encoders(self:Model, device)->None:
         if name.startswith('text_encoder') and isinstance(part, nn.Module) and part.device!=torch.device(device): part.to(device)
 Model._move_text_encoders = _move_text_encoders
 
-# %% ../nbs/12_models.ipynb #e0ce7bb3
+# %% ../nbs/12_models.ipynb #54d86c1d
 def latents(self:Model,
     n:int,                      # Pictures
     *, generator:torch.Generator|list[torch.Generator], # One for the batch, or one a picture
@@ -241,7 +247,7 @@ def timesteps_kwargs(self:Model,
     return {}
 Model.timesteps_kwargs = timesteps_kwargs
 
-# %% ../nbs/12_models.ipynb #54d86c1d
+# %% ../nbs/12_models.ipynb #58e4e949
 def check_interval(
     interval:Sequence[float]|None,
 )->tuple[float,float]: # (0,1) for None
@@ -258,10 +264,10 @@ def denoiser(self:Model,
     plain:nn.Module|None=None,        # Answers for the tuned model where no gradient is asked for, see `plain_copy`
 )->Denoiser:
     "The callable that samplers ask."
-    return Denoiser(self, cond, self.guidance_scale if guidance_scale is None else guidance_scale, fused, check_interval(guidance_interval), plain)
+    return Denoiser(self, cond, self.guidance_scale if guidance_scale is None else guidance_scale, check_interval(guidance_interval), fused, plain)
 Model.denoiser = denoiser
 
-# %% ../nbs/12_models.ipynb #58e4e949
+# %% ../nbs/12_models.ipynb #1b801f56
 def prefix_network(self:Model,
     kind:str,        # network, merged or bfloat16
 )->nn.Module|None:   # None for network
@@ -274,7 +280,7 @@ def update_prefix(self:Model, plain:nn.Module)->None:
     remerge(plain, self.network)
 Model.update_prefix = update_prefix
 
-# %% ../nbs/12_models.ipynb #1b801f56
+# %% ../nbs/12_models.ipynb #2e0105aa
 def save(self:Model,
     folder:str|Path,      # Made if it is not there
     weight:str|None=None, # Name of the annealing weight to recommend; kept in the LoRA file, see `recommend`
@@ -301,7 +307,7 @@ def _note(file:Path, notes:dict[str,str])->None:
     save_file(tensors, aside, metadata={**metadata, **notes})
     aside.replace(file)
 
-# %% ../nbs/12_models.ipynb #2e0105aa
+# %% ../nbs/12_models.ipynb #f4e25ca4
 class StableDiffusion(Model):
     "Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net, epsilon- or v-prediction."
 
@@ -321,7 +327,7 @@ class StableDiffusion(Model):
         "The network's raw prediction."
         return network(x, t, **cond, return_dict=False)[0]
 
-# %% ../nbs/12_models.ipynb #f4e25ca4
+# %% ../nbs/12_models.ipynb #0ea57632
 @dataclass(repr=False)
 class StableDiffusionXL(Model):
     "Stable Diffusion XL: two CLIP text encoders, a U-Net that is told the picture's size."
@@ -347,7 +353,7 @@ class StableDiffusionXL(Model):
         mean,std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (c.latents_mean,c.latents_std))
         return super().decode(latents*std+mean*c.scaling_factor)
 
-# %% ../nbs/12_models.ipynb #0ea57632
+# %% ../nbs/12_models.ipynb #092691a5
 @dataclass(repr=False)
 class PixArtSigma(Model):
     "PixArt-Sigma: T5, a transformer that predicts noise and a variance."
@@ -374,7 +380,7 @@ class PixArtSigma(Model):
             save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
         return path
 
-# %% ../nbs/12_models.ipynb #092691a5
+# %% ../nbs/12_models.ipynb #0543dded
 JOINT_TARGETS = ['add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out', 'ff_context.net.0.proj', 'ff_context.net.2']
 
 def dynamic_shift(
@@ -409,7 +415,7 @@ class StableDiffusion3(Model):
         "The shift, where it depends on the size."
         return dynamic_shift(self.scheduler, latents.shape[-2]*latents.shape[-1]//self.patch**2)
 
-# %% ../nbs/12_models.ipynb #57f77da5
+# %% ../nbs/12_models.ipynb #55b1f24b
 @dataclass(repr=False)
 class Flux(Model):
     "FLUX.1: CLIP and T5, a transformer of joint attention with built-in guidance, flow matching."
@@ -451,7 +457,7 @@ class Flux(Model):
         if self.scheduler.config.get('use_flow_sigmas'): return {}
         return dict(sigmas=[1-i/steps for i in range(steps)], **dynamic_shift(self.scheduler, latents.shape[-2]*latents.shape[-1]//4))
 
-# %% ../nbs/12_models.ipynb #55b1f24b
+# %% ../nbs/12_models.ipynb #4ec00e25
 @dataclass(repr=False)
 class Sana(Model):
     "Sana: Gemma, a transformer of linear attention, a deep-compression autoencoder, flow matching."
@@ -471,11 +477,11 @@ class Sana(Model):
         "The network's raw prediction."
         return network(x.to(self.dtype), timestep=t.expand(len(x))*network.config.timestep_scale, **cond, return_dict=False)[0].float()
 
-# %% ../nbs/12_models.ipynb #4ec00e25
+# %% ../nbs/12_models.ipynb #fa16e63e
 FAMILIES = dict(StableDiffusionPipeline=StableDiffusion, StableDiffusionXLPipeline=StableDiffusionXL, StableDiffusion3Pipeline=StableDiffusion3,
                 FluxPipeline=Flux, PixArtSigmaPipeline=PixArtSigma, SanaPipeline=Sana) # pipeline class -> family
 
-# %% ../nbs/12_models.ipynb #fa16e63e
+# %% ../nbs/12_models.ipynb #81abe05d
 def asset(
     name:str, # Folder or file below `draft_nb/assets`
 )->Path:
@@ -498,7 +504,7 @@ def check_family(
     "Refuse a pipeline that no family knows how to encode, call and decode."
     if kind not in FAMILIES: raise ValueError(f'model must be of a known family ({", ".join(FAMILIES)}); got {kind}')
 
-# %% ../nbs/12_models.ipynb #81abe05d
+# %% ../nbs/12_models.ipynb #20bcd45b
 def _single_file(file:str, config:str|Path|None, dtype:torch.dtype)->DiffusionPipeline:
     "A pipeline from a checkpoint in one file."
     if not Path(file).is_file(): raise ValueError(f'model must be a file that exists; got {file}')
@@ -534,7 +540,7 @@ def _pipeline(source, config:str|Path|None, dtype:torch.dtype)->DiffusionPipelin
     pipe.scheduler = without_history(pipe.scheduler)
     return pipe
 
-# %% ../nbs/12_models.ipynb #14097081
+# %% ../nbs/12_models.ipynb #f584e596
 def load(
     source,                       # "tiny", a hub id, a local folder, a .safetensors file or a diffusers pipeline
     adapter:str|Path|None='lora', # "lora", "full", None, or the path of a trained LoRA
@@ -579,7 +585,7 @@ def attach(
     if model.training.get('prefix')=='merged' and not fusable(model.network): model.training = {**model.training, 'prefix':'network'}
     return model
 
-# %% ../nbs/12_models.ipynb #f584e596
+# %% ../nbs/12_models.ipynb #18f65a9e
 def _place_lora(model:Model, file:Path, names:list[str])->None:
     "Put a file's tensors on the network: a pipeline's, kohya's, or of one network alone with bare or peft's own names."
     if 'load_lora_weights' not in dir(model.pipe): return load_lora(model.network, file, model.component)

@@ -419,6 +419,7 @@ _rules = [('epochs','greater than 0',lambda v: v>0), ('max_steps','at least 1',l
           ('eval_every','at least 1',lambda v: v is None or v>=1), ('mixed_precision','no or bf16',lambda v: v in ('no','bf16')),
           ('output_dir','a new or empty folder',lambda v: v is None or not Path(v).exists() or Path(v).is_dir() and not any(Path(v).iterdir()))]
 
+# %% ../nbs/23_preferences.ipynb #938a9ebf
 def fit_reward(
     clip:str|Path='tiny',   # Where to start: tiny, tiny-judge, clip:MODEL/TAG, hpsv2, hpsv2.1, or a folder in open_clip's format
     pairs:Iterable=(),      # `Pair`s, or tuples (prompt, first, second, label); see `read_pairs` for files
@@ -475,7 +476,7 @@ def fit_reward(
     if output_dir is not None: _leave(start, output_dir, history)
     return clip_reward(Path(output_dir).name if output_dir else 'learned', network, start.tokenize, device=device, **start.look),history
 
-# %% ../nbs/23_preferences.ipynb #938a9ebf
+# %% ../nbs/23_preferences.ipynb #231f92ee
 def _scorer(start:_Start, device:torch.device, mixed_precision:str)->Callable[[Sequence[Pair]],Tensor]:
     def scores(pairs):
         with torch.autocast(device.type, torch.bfloat16) if mixed_precision=='bf16' else nullcontext(): return pair_scores(start.clip, start.tokenize, pairs, **start.look)

@@ -88,6 +88,7 @@ class DRaFTConfig:
     log_with:str|None=None                  # Anything that accelerate tracks with, or none; by default tensorboard where it is installed
 
     def __post_init__(self):
+        object.__setattr__(self, 'output_dir', str(self.output_dir))
         object.__setattr__(self, 'sample_prompts', tuple(self.sample_prompts))
         if self.guidance_interval is not None: object.__setattr__(self, 'guidance_interval', tuple(self.guidance_interval))
         for name,rule,ok in _rules:
@@ -316,12 +317,13 @@ def check_run(
 
 @torch.no_grad()
 def _check_alone(reward, prompts:list[str], config:DRaFTConfig, size:int, device)->None:
-    "Refuse a few pictures at a time where a picture's reward depends on its neighbours, by two pictures of noise; two per cent pass as rounding."
+    "Refuse a few pictures at a time where a picture's reward depends on its neighbours, by two pictures of noise; two per cent pass as rounding, and chance is no neighbour."
     if config.reward_batch_size>=config.batch_size: return
     pair,texts = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device),[prompts[0],prompts[-1]]
     pair[1] /= 2
-    together,alone = reward(pair, texts),torch.cat([reward(pair[k:k+1], texts[k:k+1]) for k in range(2)])
-    if not (together-alone).abs().max()<=.02*together.abs().max():
+    together,again,alone = reward(pair, texts),reward(pair, texts),torch.cat([reward(pair[k:k+1], texts[k:k+1]) for k in range(2)])
+    near = .02*together.abs().max()
+    if (together-again).abs().max()<=near and not (together-alone).abs().max()<=near:
         raise ValueError(f'reward_batch_size must be at least batch_size, {config.batch_size}, where a reward compares the pictures of a batch, as {getattr(reward, "name", reward)} does; got {config.reward_batch_size}')
 
 def _check_resumed(folder:Path, config:DRaFTConfig)->None:
@@ -352,7 +354,7 @@ def channels_last(
     *networks:nn.Module,
 )->Iterator[None]:
     "Inside the block frozen convolutions keep their weights channels last."
-    held = {id(p):p for n in networks for p in n.parameters() if p.ndim==4 and not p.requires_grad}.values()
+    held = {id(p):p for n in networks for p in n.parameters() if p.ndim==4 and not p.requires_grad and p.is_contiguous()}.values()
     try:
         for p in held: p.data = p.data.contiguous(memory_format=torch.channels_last)
         yield

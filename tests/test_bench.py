@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draft_nb.bench import CASE, PEER, SHAPES, against, floor_cases, measure, over_floor, parts, reached, rounds, run, spread, step_operations, straight, table
+from draft_nb.bench import CASE, PEER, SHAPES, against, floor_cases, measure, over_floor, parts, reached, rounds, run, spread, step_operations, straight, table, versus
 from draft_nb.cli import main
 
 SMALL = dict(num_inference_steps=3, batch_size=2, steps=1)
@@ -38,9 +38,10 @@ def test_sdxl_by_its_shape(monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(what=["speed"]), "what must be of floor, annealing, levers, scaling, peer, large; got 'speed'"),
+    (dict(what=["speed"]), "what must be of floor, annealing, levers, scaling, peer, race, large; got 'speed'"),
     (dict(what=["floor"], rounds=0), "rounds must be at least 1; got 0"),
     (dict(what=["peer"]), "what peer needs --peer"),
+    (dict(what=["floor", "race"]), "what race needs --peer"),
     (dict(what=["large"]), "what large needs a GPU"),
     (dict(model="sdxl"), "model must be tiny or sd15-small"),
 ])
@@ -77,6 +78,9 @@ def test_numbers():
     assert reached([(0, 1.), (4, 3.)], 2.) == 2 and reached([(0, 1.), (4, 3.)], 1.) == 0 and math.isinf(reached([(0, 1.), (4, 3.)], 4.))
     assert over_floor(dict(rounds=[dict(step=3., a=1., b=1.)]))["value"] == 1.5
     assert "| ratio |" in table({})
+    case = dict(throughput=dict(value=1.5), memory=.5)
+    assert versus(dict(tiny=case), None) == dict(throughput=1.5, memory=.5)
+    assert versus({}, dict(seconds={"ours": 4., "ours, drtune": 2., "theirs": 8.})) == dict(time_to_reward=4.)
     compile(PEER, "peer.py", "exec")  # what is written out for the other environment is a program
 
 

@@ -10,7 +10,7 @@ from draft_nb.cli import main
 from draft_nb.models import load
 from draft_nb.rewards import Reward, load_reward
 from draft_nb.sampler import sample, sample_each
-from draft_nb.train import DRaFTConfig, draft_loss, fit, resolve
+from draft_nb.train import DRaFTConfig, draft_loss, fit, make_optimizer, resolve
 
 PROMPTS = ["an emoji of a fox", "an emoji of a rose"]
 REWARD = Reward("red", lambda images, prompts: images[:, 0].mean((1, 2)))
@@ -185,3 +185,51 @@ def test_guidance_interval_in_training(tmp_path, capsys):
     assert yaml.safe_load((tmp_path/"run"/"config.yaml").read_text())["guidance_interval"] == [.2, .8]
     assert main(["train", "--config", str(tmp_path/"run"/"config.yaml"), "--output_dir", str(tmp_path/"again")]) == 0
     assert main([*command, "--guidance_interval", "0.8", "0.2"]) == 2 and "guidance_interval must be two numbers" in capsys.readouterr().err
+
+
+def test_a_reward_that_draws_by_chance_is_no_reward_that_compares(tmp_path):
+    torch.manual_seed(0)
+    by_chance = Reward("jitter", lambda images, prompts: images.mean((1, 2, 3)) * (1 + torch.rand(len(images))))
+    options = dict(output_dir=tmp_path / "run", max_steps=1, batch_size=2, num_inference_steps=2, reward_batch_size=1, sample_seeds=1)
+    assert len(fit(load("tiny", rank=2), by_chance, PROMPTS, DRaFTConfig(**options), progress=False).rows) == 1
+
+
+def formats(*networks):
+    return [p.is_contiguous() for n in networks for p in n.parameters() if p.ndim == 4 and p.shape[-1] > 1 and p.shape[1] > 1]
+
+
+def test_training_has_convolutions_channels_last_and_leaves_them_as_they_were(tmp_path):
+    model, seen = load("tiny", rank=2), []
+    before = sample(model, PROMPTS, seed=0, steps=2, weight="base").images
+    def look(row):
+        seen.append(formats(model.network, model.pipe.vae))
+        raise KeyboardInterrupt  # whatever ends it
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, REWARD, PROMPTS, DRaFTConfig(output_dir=tmp_path / "run", max_steps=2, batch_size=2, num_inference_steps=2, learning_rate=1e-20, sample_seeds=1), on_step=look, progress=False)
+    assert not any(seen[0]) and all(formats(model.network, model.pipe.vae))
+    assert torch.equal(sample(model, PROMPTS, seed=0, steps=2, weight="base").images, before)
+
+
+def test_what_lies_channels_last_already_stays_so_and_learns_the_same(tmp_path):
+    learned = []
+    for last in (False, True):
+        model = load("tiny", "full")
+        if last:
+            model.network.to(memory_format=torch.channels_last)
+        fit(model, REWARD, PROMPTS, DRaFTConfig(output_dir=tmp_path / str(last), max_steps=2, batch_size=2, num_inference_steps=2, learning_rate=1e-5, kl_coeff=0., sample_seeds=1), progress=False)
+        assert all(f != last for f in formats(model.network))
+        learned.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (learned[0] - learned[1]).abs().max() < 3e-5 and (learned[0] - learned[1]).abs().mean() < 1e-6
+
+
+def test_adamw_is_not_misled_by_how_weights_lie():
+    weight = torch.randn(8, 16, 3, 3, generator=generator())
+    results = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        p = torch.nn.Parameter(weight.clone().contiguous(memory_format=form))
+        optimizer = make_optimizer([p], resolve(DRaFTConfig(learning_rate=.1), load("tiny", rank=2)))
+        for k in range(2):  # as after an average over processes: gradients always lie one way
+            p.grad = torch.randn(8, 16, 3, 3, generator=torch.Generator().manual_seed(k))
+            optimizer.step()
+        results.append(p.detach().contiguous())
+    assert torch.allclose(*results, atol=1e-5)
