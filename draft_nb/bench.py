@@ -598,7 +598,8 @@ def mark_of(
 
 def best_rates(first:dict[str,dict[float,list]])->dict[str,float]:
     "The learning rate with which each reaches the mark first."
-    return {who:min(by, key=lambda rate: reached(by[rate], mark_of(first))) for who,by in first.items()}
+    mark = mark_of(first)
+    return {who:min(by, key=lambda rate: reached(by[rate], mark)) for who,by in first.items()}
 
 def finish(
     first:dict[str,dict[float,list]], # Runner -> learning rate -> (seconds, reward)

@@ -65,14 +65,10 @@ def test_a_few_at_a_time_hold_fewer_activations():
     reward = Reward("red", lambda images, prompts: held.append(len(images)) or images[:, 0].mean((1, 2)))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape[0] if t.dim() == 4 and t.shape[-1] == 64 else 0) or t, lambda t: t):
-        loss, _ = gradient_free_loss(model, reward, 2)
+        loss, _ = draft_loss(model, reward, PROMPTS*2, generator=generator(), num_inference_steps=3, kl_coeff=0., reward_batch_size=2)
     assert held == [2, 2] and max(saved) == 2  # pictures, of four
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-def gradient_free_loss(model, reward, at_a_time):
-    return draft_loss(model, reward, PROMPTS*2, generator=generator(), num_inference_steps=3, kl_coeff=0., reward_batch_size=at_a_time)
 
 
 def test_which_models_score_a_few_at_a_time():
