@@ -69,7 +69,8 @@ class DRaFTConfig:
     optimizer:str='adamw'                   # adamw, or adamw8bit (needs bitsandbytes)
     mixed_precision:str='no'                # no, bf16 or fp16, see accelerate
     prefix:str|None=None                    # What runs the steps without gradient: network, merged (a copy with the LoRA in its weights) or bfloat16 (a whole copy); by default the model's own
-    gradient_checkpointing:bool|None=None   # Recompute activations of denoiser and VAE in backward; by default above 100 M parameters
+    gradient_checkpointing:bool|None=None   # Recompute the denoiser's activations in backward; by default above 100 M parameters
+    decoder_checkpointing:bool|None=None    # The VAE's; by default as the denoiser's, and a small reward_batch_size often makes it needless
     reward_batch_size:int|None=None         # Pictures that are decoded and scored at a time, in training; by default the model's own, and the whole batch with fp16
     vae_slicing:bool=False                  # Decode one picture after the other, in evaluations
     offload_text_encoders:bool=False        # Encode all prompts first, then keep the text encoders on the CPU
@@ -177,7 +178,7 @@ def draft_loss(
     kl = gaussian_kl(torch.stack(tuned), torch.stack(base), reduction=kl_reduction) if tuned else scores.new_zeros(())
     return kl_coeff*kl-scores.mean(), dict(reward=scores.detach(), kl=kl.detach(), images=scored[0][1], parts=scored[0][2])
 
-# %% ../nbs/30_train.ipynb #13a394a5
+# %% ../nbs/30_train.ipynb #ee3ddb17
 @torch.no_grad()
 def evaluate(
     model,
@@ -205,7 +206,7 @@ def evaluate(
     result |= dict(saturation=saturation(images).mean().item(), contrast=contrast(images).mean().item())
     return result, images.view(len(prompts), seeds, *images.shape[1:]), rewards.view(len(prompts), seeds)
 
-# %% ../nbs/30_train.ipynb #ee3ddb17
+# %% ../nbs/30_train.ipynb #20107c03
 @dataclass
 class Run:
     "A training run: its folder, its history, and what it did to reward, judge and diversity."
@@ -224,7 +225,7 @@ class Run:
         picture = self.folder/'curves.png'
         return picture.read_bytes() if picture.is_file() else None
 
-# %% ../nbs/30_train.ipynb #ccdf9ce8
+# %% ../nbs/30_train.ipynb #6257ef6a
 def write_aside(
     path:Path,
     write:Callable[[Path],None], # Writes the file that it is given
@@ -258,7 +259,7 @@ def newest_checkpoint(
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError): continue
     return None
 
-# %% ../nbs/30_train.ipynb #9766c48c
+# %% ../nbs/30_train.ipynb #82d6cab4
 def deal(
     prompts:Sequence[str],
     position:int,  # Number of the batch, counted over all processes
@@ -272,7 +273,7 @@ def deal(
         return prompts[order[place]]
     return [at(position*batch_size+k) for k in range(batch_size)]
 
-# %% ../nbs/30_train.ipynb #0e189ed6
+# %% ../nbs/30_train.ipynb #a46f22d9
 def check_space(
     folder:Path,  # Need not exist yet
     needed:int,   # Bytes
@@ -282,7 +283,7 @@ def check_space(
     free = shutil.disk_usage(there).free
     if free<needed: raise ValueError(f'output_dir must have {needed/1e6:.0f} MB free for weights and checkpoints; {there} has {free/1e6:.0f} MB')
 
-# %% ../nbs/30_train.ipynb #5475a0b5
+# %% ../nbs/30_train.ipynb #a8dcc202
 def _check_steps(model, config:DRaFTConfig)->None:
     "Refuse an estimator, a scheduler and steps that do not go together; the model is not asked."
     steps = config.num_inference_steps or model.steps
@@ -294,7 +295,7 @@ def _check_steps(model, config:DRaFTConfig)->None:
     denoise(lambda x,t,w: x, noise, model.scheduler, steps=steps, **vars(plan), eta=config.eta,
             generator=generator if config.eta or plan.renoise else None, **schedule)
 
-# %% ../nbs/30_train.ipynb #a46f22d9
+# %% ../nbs/30_train.ipynb #834b2fb2
 def check_run(
     model, reward, prompts:Sequence[str], config:DRaFTConfig,
 )->list[str]: # The prompts as a list
@@ -329,14 +330,14 @@ def _check_alone(reward, prompts:list[str], config:DRaFTConfig, size:int, device
 def _check_resumed(folder:Path, config:DRaFTConfig)->None:
     "A resumed run must be the same run."
     free = {'resume','max_steps','output_dir','keep_checkpoints','checkpoint_every','sample_every','log_with','patience','diversity_floor','drift',
-            'gradient_checkpointing','reward_batch_size','vae_slicing','offload_text_encoders','sharded'}
+            'gradient_checkpointing','decoder_checkpointing','reward_batch_size','vae_slicing','offload_text_encoders','sharded'}
     old = yaml.safe_load((folder/'config.yaml').read_text())
     changed = [f'{k}: {old[k]!r} -> {v!r}' for k,v in _plain(config).items() if k not in free and k in old and old[k]!=v]
     if changed: raise ValueError(f'a resumed run must keep its configuration; changed: {"; ".join(changed)}')
 
 def _plain(config:DRaFTConfig)->dict: return {k:list(v) if isinstance(v, tuple) else v for k,v in asdict(config).items()}
 
-# %% ../nbs/30_train.ipynb #9c73fcdc
+# %% ../nbs/30_train.ipynb #2af30001
 def make_optimizer(
     parameters:list[nn.Parameter], config:DRaFTConfig,
 )->torch.optim.Optimizer:
@@ -348,7 +349,7 @@ def make_optimizer(
     import bitsandbytes
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
-# %% ../nbs/30_train.ipynb #2af30001
+# %% ../nbs/30_train.ipynb #c94d03b7
 @contextmanager
 def channels_last(
     *networks:nn.Module,
@@ -361,7 +362,7 @@ def channels_last(
     finally:
         for p in held: p.data = p.data.contiguous()
 
-# %% ../nbs/30_train.ipynb #c94d03b7
+# %% ../nbs/30_train.ipynb #ebda81af
 @dataclass
 class _Training:
     "What a run carries from step to step."
@@ -398,7 +399,7 @@ class _Training:
         self.average = state['average'] and [dealt(q, p).to(p.device) for p,q in zip(params, state['average'], strict=True)]
         self.step,self.kl_coeff,self.worse,self.best = (state[k] for k in ('step','kl_coeff','worse','best'))
 
-# %% ../nbs/30_train.ipynb #ebda81af
+# %% ../nbs/30_train.ipynb #187f55c2
 def picture_generators(
     seed:int,       # Of the run
     position:int,   # Number of the batch, counted over all processes
@@ -445,7 +446,7 @@ def average_gradients(
     flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), 'mean')
     for p,g in zip(parameters, flat.split([g.numel() for g in grads])): p.grad = g.view_as(p)
 
-# %% ../nbs/30_train.ipynb #187f55c2
+# %% ../nbs/30_train.ipynb #3f4118ba
 def steered(
     kl_coeff:float, # As it was
     kl:float,       # As measured
@@ -454,7 +455,7 @@ def steered(
     "A proportional controller in log space (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."
     return kl_coeff*(1+.1*min(.2, max(-.2, kl/target-1)))
 
-# %% ../nbs/30_train.ipynb #3f4118ba
+# %% ../nbs/30_train.ipynb #d02aa0de
 class _Averaged:
     "Inside the block the model carries the averaged weights."
     def __init__(self, run:_Training): self.run = run
@@ -486,7 +487,7 @@ def read_history(
     with open(folder/'history.csv', newline='') as f:
         return [{k:int(v) if k in ('step','skipped') or k.startswith('alarm_') else float(v) for k,v in r.items() if v!=''} for r in csv.DictReader(f)]
 
-# %% ../nbs/30_train.ipynb #d02aa0de
+# %% ../nbs/30_train.ipynb #5810283e
 def shard(
     network:nn.Module, # Changed in place: its parameters become `DTensor`s
 )->nn.Module:          # The network in one piece, without numbers; see `_whole_network`
@@ -541,7 +542,7 @@ def _check_together(run:_Training)->None:
     steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
     if len({*steps})>1: raise ValueError(f'output_dir must be a folder that every process sees; they found checkpoints of the steps {steps}')
 
-# %% ../nbs/30_train.ipynb #b90464eb
+# %% ../nbs/30_train.ipynb #96e61827
 def alarms(
     base:dict[str,float],  # Means of the base, see `evaluate`
     best:dict[str,float],  # The evaluation with the best judge so far
@@ -558,7 +559,7 @@ def alarms(
         if abs(now[k]-base[k])>drift*base[k]: found[k] = f'{k} is {now[k]/base[k]:.0%} of the base\'s'
     return found
 
-# %% ../nbs/30_train.ipynb #96e61827
+# %% ../nbs/30_train.ipynb #a5f61ff0
 def validation(
     prompts:list[str], # All prompts
     sample_prompts:Sequence[str]=(), # Prompts for the evaluations, if they were given
@@ -570,7 +571,7 @@ def validation(
     test = prompts[::len(prompts)//n][:n]
     return [p for p in prompts if p not in test] or prompts,test
 
-# %% ../nbs/30_train.ipynb #a5f61ff0
+# %% ../nbs/30_train.ipynb #ccda503e
 def standardised(
     model,
     reward:Callable,       # Left alone, unless it was made with normalize="base"
@@ -585,7 +586,7 @@ def standardised(
     pictures = [sample(model, texts[k:k+8], weight='base', seed=list(range(k, k+len(texts[k:k+8]))), steps=config.num_inference_steps, guidance_scale=config.guidance_scale).images for k in range(0, len(texts), 8)]
     return reward.calibrated(torch.cat(pictures).to(model.device), texts)
 
-# %% ../nbs/30_train.ipynb #ca223e73
+# %% ../nbs/30_train.ipynb #e9557e84
 def fit(
     model,                  # A `Model` with an adapter; trained in place
     reward:Callable,        # A differentiable `Reward`
@@ -610,7 +611,7 @@ def fit(
     networks = [model.pipe.vae] if config.sharded else [model.network, run.plain, model.pipe.vae]
     with channels_last(*[n for n in networks if n is not None]): return _learn(run, test, judge, on_step, progress)
 
-# %% ../nbs/30_train.ipynb #e9557e84
+# %% ../nbs/30_train.ipynb #2aa8fdc7
 def _learn(run:_Training, test:list[str], judge, on_step, progress:bool)->Run:
     "From where the run stands to its end."
     model,reward,config,folder,main = run.model,run.reward,run.config,Path(run.config.output_dir),run.accelerator.is_main_process
@@ -649,7 +650,7 @@ def _learn(run:_Training, test:list[str], judge, on_step, progress:bool)->Run:
     run.accelerator.wait_for_everyone() # until the files are there
     return Run(folder, rows, before, after[0])
 
-# %% ../nbs/30_train.ipynb #2aa8fdc7
+# %% ../nbs/30_train.ipynb #5783de07
 def _anywhere(run:_Training, ending:str)->bool:
     "Whether any process wants to end."
     if run.accelerator.num_processes==1: return bool(ending)
@@ -665,7 +666,7 @@ def _judge_evaluation(run:_Training, row:dict, before:dict, now:dict, bar)->str:
     if 'judge' in now and now['judge']>=run.best['judge']: run.best = dict(now)
     return f'the judge was below its best in {run.worse} evaluations in a row while the reward rose' if c.patience and run.worse>=c.patience else ''
 
-# %% ../nbs/30_train.ipynb #19b3bca6
+# %% ../nbs/30_train.ipynb #34c1eac5
 def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
     log_with = config.log_with or ('tensorboard' if find_spec('tensorboard') else None)
@@ -675,8 +676,10 @@ def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     _check_processes(config, acc.num_processes)
     acc.wait_for_everyone() # until all have looked into the folder
     big = sum(p.numel() for p in model.network.parameters())>1e8
-    for part in model.network,model.pipe.vae:
-        if config.gradient_checkpointing or config.gradient_checkpointing is None and big: part.enable_gradient_checkpointing()
+    denoiser = big if config.gradient_checkpointing is None else config.gradient_checkpointing
+    decoder = denoiser if config.decoder_checkpointing is None else config.decoder_checkpointing
+    for part,wanted in (model.network,denoiser),(model.pipe.vae,decoder):
+        if wanted: part.enable_gradient_checkpointing()
         else: part.disable_gradient_checkpointing()
     if config.vae_slicing: model.pipe.vae.enable_slicing()
     outline = shard(model.network) if config.sharded else None
@@ -712,7 +715,7 @@ def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, bas
     _save_pictures(folder/'before_after.png', prompts, base, tuned, base_rewards, rewards)
     write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, replace(run.config, sample_prompts=tuple(prompts)), before, after)))
 
-# %% ../nbs/30_train.ipynb #5783de07
+# %% ../nbs/30_train.ipynb #54f52955
 def model_card(
     model, reward, config:DRaFTConfig,
     before:dict[str,float], after:dict[str,float], # Means, see `evaluate`

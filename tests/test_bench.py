@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draft_nb.bench import CASE, PEER, SHAPES, against, floor_cases, measure, over_floor, parts, reached, rounds, run, spread, step_operations, straight, table, versus
+from draft_nb.bench import CASE, LEAN, PEER, SHAPES, against, floor_cases, measure, over_floor, parts, reached, rounds, run, spread, step_operations, straight, table, versus
 from draft_nb.cli import main
 
 SMALL = dict(num_inference_steps=3, batch_size=2, steps=1)
@@ -80,6 +80,10 @@ def test_numbers():
     assert "| ratio |" in table({})
     case = dict(throughput=dict(value=1.5), memory=.5)
     assert versus(dict(tiny=case), None) == dict(throughput=1.5, memory=.5)
+    both = versus({"tiny": case, LEAN: dict(throughput=dict(value=2.), memory=.4)}, None)
+    assert both == {"throughput": 2., "memory": .4, "throughput, as it comes": 1.5, "memory, as it comes": .5}
+    raced = versus({}, dict(seconds={"ours": 4., "theirs": 8., "theirs, slower": None}))
+    assert raced == {"time_to_reward": 2., "time_to_reward, slower": None}
     assert versus({}, dict(seconds={"ours": 4., "ours, drtune": 2., "theirs": 8.})) == dict(time_to_reward=4.)
     compile(PEER, "peer.py", "exec")  # what is written out for the other environment is a program
 

@@ -111,13 +111,20 @@ def test_a_base_needs_a_device_that_is_there():
 
 def test_what_saves_memory_changes_no_weight(tmp_path):
     weights = {}
-    for option in ("", "gradient_checkpointing", "vae_slicing", "offload_text_encoders"):
+    for option in ("", "gradient_checkpointing", "decoder_checkpointing", "vae_slicing", "offload_text_encoders"):
         model = load("tiny", rank=4)
         fit(model, REWARD, PROMPTS, config(tmp_path / option, learning_rate=1e-3, num_inference_steps=2, grad_steps=2, **({option: True} if option else {})), progress=False)
         weights[option] = torch.cat([p.detach().flatten() for p in model.parameters()])
         assert torch.allclose(weights[option], weights[""], atol=1e-5), option
         assert (model.parked, model.pipe.vae.use_slicing) == (option == "offload_text_encoders", option == "vae_slicing")
-        assert model.network.is_gradient_checkpointing == model.pipe.vae.is_gradient_checkpointing == (option == "gradient_checkpointing")
+        assert model.network.is_gradient_checkpointing == (option == "gradient_checkpointing")
+        assert model.pipe.vae.is_gradient_checkpointing == (option in ("gradient_checkpointing", "decoder_checkpointing"))
+
+
+def test_the_decoder_may_go_without_what_the_denoiser_has(tmp_path):
+    model = load("tiny", rank=4)
+    fit(model, REWARD, PROMPTS, config(tmp_path, num_inference_steps=2, gradient_checkpointing=True, decoder_checkpointing=False), progress=False)
+    assert model.network.is_gradient_checkpointing and not model.pipe.vae.is_gradient_checkpointing
 
 
 def test_the_metadata_say_how_a_lora_was_made(tmp_path):
