@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SHAPES', 'CASE', 'AXES', 'PEER', 'PACKAGES', 'LEAN', 'PEER_CASES', 'RATES', 'RACERS', 'WHAT', 'MORE', 'settled',
            'rounds', 'spread', 'against', 'random_unet', 'random_vae', 'random_pipeline', 'random_reward', 'make_model',
-           'make_reward', 'parts', 'memory', 'measure', 'apart', 'floor_cases', 'over_floor', 'bench_floor',
-           'bench_annealing', 'bench_levers', 'bench_interval', 'bench_compile', 'straight', 'bench_scaling',
-           'peer_python', 'theirs', 'ours', 'bench_peer', 'bench_race', 'reached', 'mark_of', 'best_rates', 'finish',
-           'operations', 'step_operations', 'fastest', 'bench_large', 'gain', 'versus', 'about_machine', 'versions',
-           'run', 'table']
+           'make_reward', 'parts', 'memory', 'pages_so_far', 'measure', 'apart', 'floor_cases', 'over_floor',
+           'bench_floor', 'bench_annealing', 'bench_levers', 'bench_kept', 'bench_interval', 'bench_compile',
+           'straight', 'bench_scaling', 'peer_python', 'theirs', 'ours', 'bench_peer', 'bench_race', 'reached',
+           'mark_of', 'best_rates', 'finish', 'operations', 'step_operations', 'fastest', 'bench_large', 'gain',
+           'versus', 'about_machine', 'versions', 'run', 'table']
 
 # %% ../nbs/60_bench.ipynb #9de9faa8
 import json
@@ -166,9 +166,13 @@ def memory(field:str)->int:
     "A line of /proc/self/status in bytes: VmRSS, or VmHWM for its peak."
     return 1024*int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(field)))
 
+def pages_so_far()->int:
+    "Pages of memory that the system has handed out to this process."
+    return int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[7])
+
 def measure(
     case:dict, # Fields of `CASE` that are not the default
-)->dict:       # rounds (a dict of seconds a step), peak (bytes above the loaded model), reward and grad_norm (a number a step)
+)->dict:       # rounds (a dict of seconds a step), peak (bytes above the loaded model), reward, grad_norm and pages (handed out by the system; a number a step each)
     "One case in this process."
     case,prompts = CASE|case,read_prompts(asset('prompts.txt'))
     model,reward,device = make_model(case),make_reward(case),case['device']
@@ -176,13 +180,15 @@ def measure(
     with TemporaryDirectory() as folder:
         config = resolve(DRaFTConfig(output_dir=f'{folder}/run', max_steps=case['steps']+(not case['keep']), sample_every=10**6, checkpoint_every=10**6, sample_prompts=prompts[:1], sample_seeds=1, log_with='none', lr_warmup_steps=0,
             mixed_precision=case['autocast'], **{k:case[k] for k in ('batch_size','num_inference_steps','grad_steps','estimator','stop_within','guidance_scale','kl_coeff','learning_rate','max_grad_norm','gradient_checkpointing','decoder_checkpointing','prefix','reward_batch_size','seed')}), model)
-        found,rewards,lengths,saved,pieces,peak = [],[],[],[],{},0
+        found,rewards,lengths,pages,saved,pieces,peak,before = [],[],[],[],[],{},0,0
         def after(row):
-            nonlocal peak
+            nonlocal peak,before
+            if device=='cpu' and row['step']>1: pages.append(pages_so_far()-before)
             peak = torch.cuda.max_memory_allocated() if device!='cpu' else memory('VmHWM') # of steps; what a run draws at its end does not count
             if row['step']==1 and not case['keep']: # the first one warms up
                 if case['parts']: pieces.update(parts(model, reward, prompts[:config.batch_size], config, model.prefix_network(config.prefix)))
                 for _,run in pieces.values(): run()
+                before = pages_so_far() if device=='cpu' else 0
                 return
             now = {'step':row['seconds']}
             for name,(n,run) in pieces.items():
@@ -193,11 +199,12 @@ def measure(
             if case['keep'] and row['step']%case['keep']['every']==0:
                 model.save(Path(case['keep']['folder'])/f"step_{row['step']:06d}")
                 saved.append([row['step'], sum(f['step'] for f in found)])
+            before = pages_so_far() if device=='cpu' else 0
         held = torch.cuda.memory_allocated() if device!='cpu' else memory('VmRSS')
         if device!='cpu': torch.cuda.reset_peak_memory_stats()
         else: Path('/proc/self/clear_refs').write_text('5') # the peak begins anew
         fit(model, reward, prompts, config, on_step=after, progress=False)
-    return dict(rounds=found, held=held, peak=peak-held, reward=rewards, grad_norm=lengths, saved=saved, learn=sum(p.numel() for p in model.parameters()))
+    return dict(rounds=found, held=held, peak=peak-held, reward=rewards, grad_norm=lengths, pages=pages, saved=saved, learn=sum(p.numel() for p in model.parameters()))
 
 # %% ../nbs/60_bench.ipynb #d5052a71
 _worker = 'import sys, json, draft_nb; from draft_nb.cli import quiet; quiet(); from draft_nb.bench import measure; print(json.dumps(measure(json.loads(sys.argv[1]))))'
@@ -213,10 +220,11 @@ _eager_free = dict(MALLOC_MMAP_THRESHOLD_='65536', MALLOC_ARENA_MAX='1')
 def apart(
     case:dict,
     peak:bool=False, # Measure memory: few steps, no parts
+    **environment,   # Of that process
 )->dict:
     "`measure` in a process of its own."
     if peak: return _answer([sys.executable, '-c', _worker, json.dumps(case|dict(steps=2, parts=False))], **_eager_free)
-    return _answer([sys.executable, '-c', _worker, json.dumps(case)])
+    return _answer([sys.executable, '-c', _worker, json.dumps(case)], **environment)
 
 # %% ../nbs/60_bench.ipynb #e26a4c06
 def floor_cases(minimal:bool=False)->dict[str,dict]:
@@ -311,6 +319,18 @@ def bench_levers(rounds_:int, minimal:bool, device='cpu')->dict[str,dict]:
     return found
 
 # %% ../nbs/60_bench.ipynb #032965a6
+def bench_kept(rounds_:int, minimal:bool)->dict:
+    "Full fine-tuning of `tiny` with freed memory kept: time of a step over one that has it given back, and pages handed out for each."
+    case = dict(adapter='full', learning_rate=1e-6, kl_coeff=0., parts=False)|(dict(num_inference_steps=3, batch_size=2, steps=2) if minimal else dict(steps=9))
+    times,pages = {'given back':[],'kept':[]},{'given back':[],'kept':[]}
+    for _ in range(rounds_):
+        for k,environment in ('given back',dict(MALLOC_PERTURB_='0')),('kept',{}):
+            found = apart(case, **environment)
+            times[k].append(statistics.median(r['step'] for r in found['rounds']))
+            pages[k].append(statistics.median(found['pages'][-5:]))
+    return against(times)['kept']|dict(pages={k:round(statistics.median(v)) for k,v in pages.items()})
+
+# %% ../nbs/60_bench.ipynb #d5e7c7fa
 def bench_interval(minimal:bool, device='cpu')->dict[str,dict]:
     "What `guidance_interval` does to pictures: distance to those of full guidance, reward, judge, diversity."
     model,reward,judge = load('tiny', adapter=asset('tiny-aligned'), device=device),load_reward('tiny', device),load_reward('tiny-judge', device)
@@ -336,7 +356,7 @@ def bench_compile(rounds_:int, device='cpu')->dict:
     began = settled(device); run(fast)
     return dict(seconds_to_compile=round(settled(device)-began, 1), **against(rounds({'eager':lambda: run(plain), 'compiled':lambda: run(fast)}, rounds_, device))['compiled'])
 
-# %% ../nbs/60_bench.ipynb #d5e7c7fa
+# %% ../nbs/60_bench.ipynb #73f8320f
 AXES = dict(num_inference_steps=(5,10,20,40), grad_steps=(1,2,5,10), batch_size=(1,2,4,8,16), rank=(4,8,32,128), resolution=(64,96,128,192))
 
 def straight(
@@ -362,7 +382,7 @@ def bench_scaling(options:dict, rounds:int, minimal:bool, say:Callable)->dict[st
         found[axis] = dict(at=values, seconds=[s['value'] for s in seconds], quartiles=[s['quartiles'] for s in seconds], line=straight(x, [s['value'] for s in seconds]))
     return found
 
-# %% ../nbs/60_bench.ipynb #08dd575c
+# %% ../nbs/60_bench.ipynb #2ab8f57f
 PEER = r'''
 """One training run of TRL's AlignPropTrainer on a Stable Diffusion folder, measured; see HELP below.
 
@@ -404,7 +424,7 @@ def prompt_order(prompts:list[str], seed:int):
 
 '''
 
-# %% ../nbs/60_bench.ipynb #2ab8f57f
+# %% ../nbs/60_bench.ipynb #a210575a
 PEER += r'''
 
 def build(a):
@@ -449,7 +469,7 @@ def build(a):
 
 '''
 
-# %% ../nbs/60_bench.ipynb #a210575a
+# %% ../nbs/60_bench.ipynb #6e23337d
 PEER += r'''
 
 def main(a):
@@ -489,7 +509,7 @@ if __name__=='__main__':
     main(SimpleNamespace(**{**HELP, **given}))
 '''
 
-# %% ../nbs/60_bench.ipynb #6e23337d
+# %% ../nbs/60_bench.ipynb #0eb10e2f
 def peer_python(
     folder:str|Path, # Of a virtual environment, made if it is not there
     say:Callable=print,
@@ -522,7 +542,7 @@ def ours(case:dict, steps:int, peak:bool=False, keep:dict|None=None, folder:str|
     found = apart(own, peak)
     return found|dict(seconds=[r['step'] for r in found['rounds']])
 
-# %% ../nbs/60_bench.ipynb #0eb10e2f
+# %% ../nbs/60_bench.ipynb #7dc16e1f
 LEAN = 'tiny, gradient_checkpointing in both, lean'
 PEER_CASES = { # What both have, what only ours has, what only theirs has; beyond `CASE`
     'tiny': ({}, {}, {}),
@@ -557,7 +577,7 @@ def bench_peer(python:str, options:dict, rounds_:int, minimal:bool, say:Callable
                                memory=round(peaks[0]/peaks[1], 3), peak=dict(ours=round(peaks[0]/1e9, 4), theirs=round(peaks[1]/1e9, 4)))
     return found
 
-# %% ../nbs/60_bench.ipynb #7dc16e1f
+# %% ../nbs/60_bench.ipynb #d09b8aca
 RATES = (1e-3,3e-3,5e-3) # Learning rates that each of them tries
 RACERS = { # Beyond `CASE`
     'ours': dict(K=1),
@@ -587,7 +607,7 @@ def bench_race(python:str, options:dict, minimal:bool, say:Callable)->dict:
     raced = finish(first, {who:[curve(who, rate, seed) for seed in (() if minimal else (1,2,3,4))] for who,rate in best_rates(first).items()})
     return raced|dict(grad_norm={who:[round(q, 4) for q in torch.tensor(v).quantile(torch.tensor([.05,.5,.95])).tolist()] for who,v in lengths.items() if v})
 
-# %% ../nbs/60_bench.ipynb #d09b8aca
+# %% ../nbs/60_bench.ipynb #02790ebe
 def reached(
     curve:Sequence[tuple], # Seconds, reward, and what else was measured; from the start
     mark:float,
@@ -625,7 +645,7 @@ def finish(
     return dict(start=round(start, 4), best=best, **when(mark), half=when((start+mark)/2),
                 curves={who:{f'{r:g}':brief(c) for r,c in by.items()}|{f'{best[who]:g}, seed {k+1}':brief(c) for k,c in enumerate(more[who])} for who,by in first.items()})
 
-# %% ../nbs/60_bench.ipynb #ca4543bf
+# %% ../nbs/60_bench.ipynb #315e9b53
 def operations(
     run:Callable,
 )->int: # Floating-point operations; a multiplication and an addition are two
@@ -686,7 +706,7 @@ def bench_large(options:dict, rounds_:int, minimal:bool, say:Callable)->dict:
                 found[f'{shape}_k{K}_{prefix}'] = dict(seconds=round(seconds, 3), pictures_a_second=round(more['batch_size']/seconds, 4), peak=round((measured['peak']+measured['held'])/1e9, 2), operations=work, share=round(work/seconds/found['operations_a_second'], 3))
     return found
 
-# %% ../nbs/60_bench.ipynb #2269e413
+# %% ../nbs/60_bench.ipynb #1c90a664
 WHAT = ('floor','annealing','levers','scaling')
 MORE = ('peer','race','large')
 
@@ -721,7 +741,7 @@ def versions()->dict[str,str]:
         except PackageNotFoundError: return 'not there'
     return dict(python=platform.python_version(), **{p:one(p) for p in (*PACKAGES,'draft_nb')})
 
-# %% ../nbs/60_bench.ipynb #1c90a664
+# %% ../nbs/60_bench.ipynb #f3460217
 def run(
     what:Sequence[str]=WHAT,         # Of floor, annealing, levers, scaling, peer, race, large
     output_dir:str|Path='bench',     # Gets bench.json and bench.md; what is there already stays
@@ -760,7 +780,7 @@ def run(
             keep(w, annealing=found, annealed_over_plain={k:v['value'] for k,v in found.items() if 'value' in v})
         elif w=='levers':
             say('levers')
-            keep(w, levers=bench_levers(rounds, minimal, device), guidance_interval=bench_interval(minimal, device), **({} if minimal else dict(compiled=bench_compile(rounds, device))))
+            keep(w, levers=bench_levers(rounds, minimal, device), guidance_interval=bench_interval(minimal, device), **(dict(kept=bench_kept(rounds, minimal)) if device=='cpu' else {}), **({} if minimal else dict(compiled=bench_compile(rounds, device))))
         elif w=='scaling': keep(w, scaling=bench_scaling(options, rounds, minimal, say))
         elif w=='large': keep(w, large=bench_large(dict(device=device), rounds, minimal, say))
         else:
@@ -771,7 +791,7 @@ def run(
     keep()
     return known
 
-# %% ../nbs/60_bench.ipynb #f3460217
+# %% ../nbs/60_bench.ipynb #caa97991
 def table(
     known:dict, # From `run`
 )->str:         # Markdown
@@ -781,6 +801,7 @@ def table(
     for k,v in known.get('annealing', {}).items():
         if 'value' in v: rows.append((f'sampling over plain sampling: {k}', f"{v['value']:.2f}", f"{v['seconds']:.2f} s"))
     for k,v in known.get('levers', {}).items(): rows.append((f'step with a lever over the step without: {k}', f"{v['value']:.2f}", f"{v['seconds']:.3f} s"))
+    if kept:=known.get('kept'): rows.append(('step with what it frees kept over the step without', f"{kept['value']:.2f}", f"{kept['seconds']:.3f} s; pages handed out: {kept['pages']['kept']} and {kept['pages']['given back']}"))
     for k,v in known.get('peer', {}).items(): rows += [(f'throughput over TRL 0.23.1: {k}', f"{v['throughput']['value']:.2f}", f"{v['seconds']['ours']:.3f} s and {v['seconds']['theirs']:.3f} s"), (f'memory over TRL 0.23.1: {k}', f"{v['memory']:.2f}", f"{v['peak']['ours']:.2f} GB and {v['peak']['theirs']:.2f} GB")]
     if race:=known.get('race'): rows.append(('time to the same held-out reward, TRL 0.23.1 over ours', f"{gain(race['seconds'])}", ', '.join(f'{who} {t} s' for who,t in race['seconds'].items())))
     for k,v in known.get('large', {}).items():

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'DRaFTConfig', 'resolve', 'score_latents', 'draft_loss', 'evaluate', 'Run', 'write_aside', 'checkpoints',
            'save_checkpoint', 'newest_checkpoint', 'deal', 'check_space', 'check_run', 'make_optimizer',
-           'channels_last', 'picture_generators', 'average_gradients', 'steered', 'write_history', 'read_history',
-           'shard', 'whole', 'dealt', 'alarms', 'validation', 'standardised', 'fit', 'model_card']
+           'channels_last', 'freed_memory_kept', 'picture_generators', 'average_gradients', 'steered', 'write_history',
+           'read_history', 'shard', 'whole', 'dealt', 'alarms', 'validation', 'standardised', 'fit', 'model_card']
 
 # %% ../nbs/30_train.ipynb #3ab88559
 import copy
 import csv
+import ctypes
 import math
 import os
 import pickle
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -362,7 +364,19 @@ def channels_last(
     finally:
         for p in held: p.data = p.data.contiguous()
 
-# %% ../nbs/30_train.ipynb #ebda81af
+# %% ../nbs/30_train.ipynb #6c8d789d
+@contextmanager
+def freed_memory_kept()->Iterator[bool]: # Whether the C library was told; only glibc can be
+    "Inside the block the process keeps what it frees, see mallopt(3)."
+    chosen = any(k.startswith('MALLOC_') for k in os.environ) or 'glibc.malloc' in os.environ.get('GLIBC_TUNABLES', '')
+    if chosen or platform.libc_ver()[0]!='glibc': yield False; return
+    libc,trim_threshold,mmap_threshold,mb = ctypes.CDLL(None),-1,-3,2**20
+    told = libc.mallopt(mmap_threshold, 32*mb) and libc.mallopt(trim_threshold, -1)
+    try: yield bool(told)
+    finally:
+        if told: libc.mallopt(trim_threshold, 64*mb); libc.malloc_trim(0)
+
+# %% ../nbs/30_train.ipynb #1668caf4
 @dataclass
 class _Training:
     "What a run carries from step to step."
@@ -399,7 +413,7 @@ class _Training:
         self.average = state['average'] and [dealt(q, p).to(p.device) for p,q in zip(params, state['average'], strict=True)]
         self.step,self.kl_coeff,self.worse,self.best = (state[k] for k in ('step','kl_coeff','worse','best'))
 
-# %% ../nbs/30_train.ipynb #187f55c2
+# %% ../nbs/30_train.ipynb #05b7fd3c
 def picture_generators(
     seed:int,       # Of the run
     position:int,   # Number of the batch, counted over all processes
@@ -446,7 +460,7 @@ def average_gradients(
     flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), 'mean')
     for p,g in zip(parameters, flat.split([g.numel() for g in grads])): p.grad = g.view_as(p)
 
-# %% ../nbs/30_train.ipynb #3f4118ba
+# %% ../nbs/30_train.ipynb #30ba9731
 def steered(
     kl_coeff:float, # As it was
     kl:float,       # As measured
@@ -455,7 +469,7 @@ def steered(
     "A proportional controller in log space (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."
     return kl_coeff*(1+.1*min(.2, max(-.2, kl/target-1)))
 
-# %% ../nbs/30_train.ipynb #d02aa0de
+# %% ../nbs/30_train.ipynb #b90464eb
 class _Averaged:
     "Inside the block the model carries the averaged weights."
     def __init__(self, run:_Training): self.run = run
@@ -487,7 +501,7 @@ def read_history(
     with open(folder/'history.csv', newline='') as f:
         return [{k:int(v) if k in ('step','skipped') or k.startswith('alarm_') else float(v) for k,v in r.items() if v!=''} for r in csv.DictReader(f)]
 
-# %% ../nbs/30_train.ipynb #5810283e
+# %% ../nbs/30_train.ipynb #96e61827
 def shard(
     network:nn.Module, # Changed in place: its parameters become `DTensor`s
 )->nn.Module:          # The network in one piece, without numbers; see `_whole_network`
@@ -542,7 +556,7 @@ def _check_together(run:_Training)->None:
     steps = run.accelerator.gather(torch.tensor([run.step], device=run.accelerator.device)).tolist()
     if len({*steps})>1: raise ValueError(f'output_dir must be a folder that every process sees; they found checkpoints of the steps {steps}')
 
-# %% ../nbs/30_train.ipynb #96e61827
+# %% ../nbs/30_train.ipynb #ca223e73
 def alarms(
     base:dict[str,float],  # Means of the base, see `evaluate`
     best:dict[str,float],  # The evaluation with the best judge so far
@@ -559,7 +573,7 @@ def alarms(
         if abs(now[k]-base[k])>drift*base[k]: found[k] = f'{k} is {now[k]/base[k]:.0%} of the base\'s'
     return found
 
-# %% ../nbs/30_train.ipynb #a5f61ff0
+# %% ../nbs/30_train.ipynb #e9557e84
 def validation(
     prompts:list[str], # All prompts
     sample_prompts:Sequence[str]=(), # Prompts for the evaluations, if they were given
@@ -571,7 +585,7 @@ def validation(
     test = prompts[::len(prompts)//n][:n]
     return [p for p in prompts if p not in test] or prompts,test
 
-# %% ../nbs/30_train.ipynb #ccda503e
+# %% ../nbs/30_train.ipynb #2aa8fdc7
 def standardised(
     model,
     reward:Callable,       # Left alone, unless it was made with normalize="base"
@@ -586,7 +600,7 @@ def standardised(
     pictures = [sample(model, texts[k:k+8], weight='base', seed=list(range(k, k+len(texts[k:k+8]))), steps=config.num_inference_steps, guidance_scale=config.guidance_scale).images for k in range(0, len(texts), 8)]
     return reward.calibrated(torch.cat(pictures).to(model.device), texts)
 
-# %% ../nbs/30_train.ipynb #e9557e84
+# %% ../nbs/30_train.ipynb #19b3bca6
 def fit(
     model,                  # A `Model` with an adapter; trained in place
     reward:Callable,        # A differentiable `Reward`
@@ -609,9 +623,9 @@ def fit(
     _check_together(run)
     if config.offload_text_encoders: model.park_text_encoders([*prompts, *test])
     networks = [model.pipe.vae] if config.sharded else [model.network, run.plain, model.pipe.vae]
-    with channels_last(*[n for n in networks if n is not None]): return _learn(run, test, judge, on_step, progress)
+    with freed_memory_kept(), channels_last(*[n for n in networks if n is not None]): return _learn(run, test, judge, on_step, progress)
 
-# %% ../nbs/30_train.ipynb #2aa8fdc7
+# %% ../nbs/30_train.ipynb #34c1eac5
 def _learn(run:_Training, test:list[str], judge, on_step, progress:bool)->Run:
     "From where the run stands to its end."
     model,reward,config,folder,main = run.model,run.reward,run.config,Path(run.config.output_dir),run.accelerator.is_main_process
@@ -650,7 +664,7 @@ def _learn(run:_Training, test:list[str], judge, on_step, progress:bool)->Run:
     run.accelerator.wait_for_everyone() # until the files are there
     return Run(folder, rows, before, after[0])
 
-# %% ../nbs/30_train.ipynb #5783de07
+# %% ../nbs/30_train.ipynb #10e77cf9
 def _anywhere(run:_Training, ending:str)->bool:
     "Whether any process wants to end."
     if run.accelerator.num_processes==1: return bool(ending)
@@ -666,7 +680,7 @@ def _judge_evaluation(run:_Training, row:dict, before:dict, now:dict, bar)->str:
     if 'judge' in now and now['judge']>=run.best['judge']: run.best = dict(now)
     return f'the judge was below its best in {run.worse} evaluations in a row while the reward rose' if c.patience and run.worse>=c.patience else ''
 
-# %% ../nbs/30_train.ipynb #34c1eac5
+# %% ../nbs/30_train.ipynb #35ef4597
 def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
     log_with = config.log_with or ('tensorboard' if find_spec('tensorboard') else None)
@@ -715,7 +729,7 @@ def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, bas
     _save_pictures(folder/'before_after.png', prompts, base, tuned, base_rewards, rewards)
     write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, replace(run.config, sample_prompts=tuple(prompts)), before, after)))
 
-# %% ../nbs/30_train.ipynb #54f52955
+# %% ../nbs/30_train.ipynb #21e6b99b
 def model_card(
     model, reward, config:DRaFTConfig,
     before:dict[str,float], after:dict[str,float], # Means, see `evaluate`

@@ -14,10 +14,11 @@ SMALL = dict(num_inference_steps=3, batch_size=2, steps=1)
 def test_the_command(tmp_path, capsys):
     assert main(["bench", "--minimal", "--rounds", "1", "--what", "floor,annealing,levers", "--output_dir", str(tmp_path)]) == 0
     known = json.loads((tmp_path / "bench.json").read_text())
-    assert {"step_over_floor", "annealed_over_plain", "machine", "versions", "command", "levers", "guidance_interval"} <= {*known}
+    assert {"step_over_floor", "annealed_over_plain", "machine", "versions", "command", "levers", "guidance_interval", "kept"} <= {*known}
     assert known["command"].startswith("draft-nb bench --what floor") and "--minimal" in known["command"]
     assert known["step_over_floor"]["lora_kl_k1"] > 0 and {"step_0.6", "linear", "linear_refresh3"} <= {*known["annealed_over_plain"]}
     assert known["machine"]["threads"] == str(torch.get_num_threads()) and known["versions"]["torch"] == torch.__version__
+    assert {*known["kept"]["pages"]} == {"kept", "given back"} and known["kept"]["value"] > 0
     floor = known["floor"]["lora_kl_k1"]
     assert floor["peak"] > 0 and all(v > 0 for v in floor["parts"].values())
     out = capsys.readouterr().out
@@ -60,6 +61,7 @@ def test_bad_input_comes_before_any_work(tmp_path, options, message):
 def test_parts_of_a_case(case, names):
     found = measure(SMALL | case)
     assert {*found["rounds"][0]} == names | {"step"} and len(found["reward"]) == 1  # the first step warms up
+    assert len(found["pages"]) == 1 and found["pages"][0] >= 0
     assert found["held"] > 0 and isinstance(found["peak"], int)  # a small run finds room that earlier tests left: the peak is held above 0 in a fresh process, by test_the_command
 
 

@@ -1,10 +1,16 @@
 "What makes steps cheaper changes nothing else: a copy for the steps without gradient, guidance in a part of the steps only."
+import json
+import os
+import platform
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
 import torch
 import yaml
 
+from draft_nb import train
 from draft_nb.adapters import lora_layers, plain_copy, remerge
 from draft_nb.cli import main
 from draft_nb.models import load
@@ -204,6 +210,64 @@ def test_training_has_convolutions_channels_last_and_leaves_them_as_they_were(tm
         fit(model, REWARD, PROMPTS, DRaFTConfig(output_dir=tmp_path / "run", max_steps=2, batch_size=2, num_inference_steps=2, learning_rate=1e-20, sample_seeds=1), on_step=look, progress=False)
     assert not any(seen[0]) and all(formats(model.network, model.pipe.vae))
     assert torch.equal(sample(model, PROMPTS, seed=0, steps=2, weight="base").images, before)
+
+
+HELD = """
+import draft_nb, json, torch
+from pathlib import Path
+from draft_nb.train import freed_memory_kept
+def rss(): return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmRSS"))) / 1024
+def pages(): return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[7])
+def large(): return [torch.ones(2**20) for _ in range(50)]
+start = rss()
+with freed_memory_kept() as told:
+    large(); before = pages()
+    large(); anew, inside = pages() - before, rss()
+print(json.dumps(dict(told=told, anew=anew, inside=inside - start, after=rss() - start)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+@pytest.mark.parametrize("environment", [{}, dict(MALLOC_PERTURB_="0"), dict(GLIBC_TUNABLES="glibc.malloc.perturb=0")])
+def test_freed_memory_is_kept_and_given_back_at_the_end(monkeypatch, environment):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for k in [k for k in os.environ if k.startswith("MALLOC_")]:
+        monkeypatch.delenv(k)
+    found = json.loads(subprocess.run([sys.executable, "-c", HELD], env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout)
+    assert found["told"] == (not environment)  # what the user chose stays
+    if found["told"]:
+        assert found["anew"] < 2000 and found["inside"] > 190 and found["after"] < 60
+
+
+def test_a_run_keeps_freed_memory_until_it_ends_however_it_ends(tmp_path, monkeypatch):
+    told = []
+
+    class Library:
+        def mallopt(self, what, value):
+            told.append((what, value))
+            return 1
+
+        def malloc_trim(self, pad):
+            told.append("trimmed")
+
+    monkeypatch.setattr(train.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda name: Library())
+    for k in [k for k in os.environ if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(k)
+    def look(row):
+        told.append("step")
+        raise KeyboardInterrupt
+    config = DRaFTConfig(output_dir=tmp_path / "run", max_steps=2, batch_size=2, num_inference_steps=2, sample_seeds=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(load("tiny", rank=2), REWARD, PROMPTS, config, on_step=look, progress=False)
+    assert told == [(-3, 32 * 2**20), (-1, -1), "step", (-1, 64 * 2**20), "trimmed"]
+    told.clear()
+    monkeypatch.setattr(Library, "mallopt", lambda self, what, value: 0)  # a library that refuses
+    with train.freed_memory_kept() as kept:
+        assert not kept
+    monkeypatch.setattr(train.platform, "libc_ver", lambda: ("", ""))
+    with train.freed_memory_kept() as kept:
+        assert not kept and not told
 
 
 def test_what_lies_channels_last_already_stays_so_and_learns_the_same(tmp_path):
