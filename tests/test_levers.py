@@ -221,7 +221,8 @@ def pages(): return int(Path("/proc/self/stat").read_text().rpartition(")")[2].s
 def large(): return [torch.ones(2**20) for _ in range(50)]
 start = rss()
 with freed_memory_kept() as told:
-    large(); before = pages()
+    for _ in range(4): large()
+    before = pages()
     large(); anew, inside = pages() - before, rss()
 print(json.dumps(dict(told=told, anew=anew, inside=inside - start, after=rss() - start)))
 """
