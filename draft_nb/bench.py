@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -181,14 +182,15 @@ def measure(
         config = resolve(DRaFTConfig(output_dir=f'{folder}/run', max_steps=case['steps']+(not case['keep']), sample_every=10**6, checkpoint_every=10**6, sample_prompts=prompts[:1], sample_seeds=1, log_with='none', lr_warmup_steps=0,
             mixed_precision=case['autocast'], **{k:case[k] for k in ('batch_size','num_inference_steps','grad_steps','estimator','stop_within','guidance_scale','kl_coeff','learning_rate','max_grad_norm','gradient_checkpointing','decoder_checkpointing','prefix','reward_batch_size','seed')}), model)
         found,rewards,lengths,pages,saved,pieces,peak,before = [],[],[],[],[],{},0,0
+        def handed_out(): return pages_so_far() if device=='cpu' else 0
         def after(row):
             nonlocal peak,before
-            if device=='cpu' and row['step']>1: pages.append(pages_so_far()-before)
+            if row['step']>1: pages.append(handed_out()-before)
             peak = torch.cuda.max_memory_allocated() if device!='cpu' else memory('VmHWM') # of steps; what a run draws at its end does not count
             if row['step']==1 and not case['keep']: # the first one warms up
                 if case['parts']: pieces.update(parts(model, reward, prompts[:config.batch_size], config, model.prefix_network(config.prefix)))
                 for _,run in pieces.values(): run()
-                before = pages_so_far() if device=='cpu' else 0
+                before = handed_out()
                 return
             now = {'step':row['seconds']}
             for name,(n,run) in pieces.items():
@@ -199,7 +201,7 @@ def measure(
             if case['keep'] and row['step']%case['keep']['every']==0:
                 model.save(Path(case['keep']['folder'])/f"step_{row['step']:06d}")
                 saved.append([row['step'], sum(f['step'] for f in found)])
-            before = pages_so_far() if device=='cpu' else 0
+            before = handed_out()
         held = torch.cuda.memory_allocated() if device!='cpu' else memory('VmRSS')
         if device!='cpu': torch.cuda.reset_peak_memory_stats()
         else: Path('/proc/self/clear_refs').write_text('5') # the peak begins anew
@@ -359,11 +361,8 @@ def bench_compile(rounds_:int, device='cpu')->dict:
     t = torch.tensor(500, device=device)
     def run(network):
         with torch.no_grad(): model.call(network, x, t, cond)
-    cache = os.environ.get('TORCHINDUCTOR_CACHE_DIR')
-    with TemporaryDirectory() as empty: # what an earlier run compiled would hide the cost
-        os.environ['TORCHINDUCTOR_CACHE_DIR'] = empty
-        try: began = settled(device); run(fast)
-        finally: os.environ.pop('TORCHINDUCTOR_CACHE_DIR') if cache is None else os.environ.update(TORCHINDUCTOR_CACHE_DIR=cache)
+    with TemporaryDirectory() as empty, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty): # what an earlier run compiled would hide the cost
+        began = settled(device); run(fast)
         seconds = settled(device)-began
     return dict(seconds_to_compile=round(seconds, 1), **against(rounds({'eager':lambda: run(plain), 'compiled':lambda: run(fast)}, rounds_, device))['compiled'])
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draft_nb.bench import CASE, LEAN, PEER, SHAPES, against, floor_cases, measure, over_floor, parts, reached, rounds, run, spread, step_operations, straight, table, versus
+from draft_nb.bench import CASE, LEAN, PEER, SHAPES, against, floor_cases, measure, over_floor, pages_so_far, parts, reached, rounds, run, spread, step_operations, straight, table, versus
 from draft_nb.cli import main
 
 SMALL = dict(num_inference_steps=3, batch_size=2, steps=1)
@@ -19,7 +19,7 @@ def test_the_command(tmp_path, capsys):
     assert known["step_over_floor"]["lora_kl_k1"] > 0 and {"step_0.6", "linear", "linear_refresh3"} <= {*known["annealed_over_plain"]}
     assert known["machine"]["threads"] == str(torch.get_num_threads()) and known["versions"]["torch"] == torch.__version__
     kept = known["kept"]["tiny"]
-    assert {*kept["pages"]} == {"kept", "given back"} and kept["value"] > 0 and all(v >= 0 for v in kept["pages"].values())
+    assert {*kept["pages"]} == {"kept", "given back"} and kept["value"] > 0
     floor = known["floor"]["lora_kl_k1"]
     assert floor["peak"] > 0 and all(v > 0 for v in floor["parts"].values())
     out = capsys.readouterr().out
@@ -62,8 +62,14 @@ def test_bad_input_comes_before_any_work(tmp_path, options, message):
 def test_parts_of_a_case(case, names):
     found = measure(SMALL | case)
     assert {*found["rounds"][0]} == names | {"step"} and len(found["reward"]) == 1  # the first step warms up
-    assert len(found["pages"]) == 1 and found["pages"][0] >= 0
+    assert len(found["pages"]) == 1
     assert found["held"] > 0 and isinstance(found["peak"], int)  # a small run finds room that earlier tests left: the peak is held above 0 in a fresh process, by test_the_command
+
+
+def test_pages_are_counted():
+    before = pages_so_far()
+    torch.ones(2**25)  # 128 MB, which the system maps anew, in whatever size of pages
+    assert pages_so_far() - before >= 32
 
 
 def test_cases_cover_what_was_asked():

@@ -214,16 +214,15 @@ def test_training_has_convolutions_channels_last_and_leaves_them_as_they_were(tm
 
 HELD = """
 import draft_nb, json, torch
-from pathlib import Path
+from draft_nb.bench import memory, pages_so_far
 from draft_nb.train import freed_memory_kept
-def rss(): return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmRSS"))) / 1024
-def pages(): return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[7])
+def rss(): return memory("VmRSS") / 2**20
 def large(): return [torch.ones(2**20) for _ in range(50)]
 start = rss()
 with freed_memory_kept() as told:
     for _ in range(4): large()
-    before = pages()
-    large(); anew, inside = pages() - before, rss()
+    before = pages_so_far()
+    large(); anew, inside = pages_so_far() - before, rss()
 print(json.dumps(dict(told=told, anew=anew, inside=inside - start, after=rss() - start)))
 """
 
