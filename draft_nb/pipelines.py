@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapters import base_of, fusable, lora_layers, lora_rows, recommended
 from .anneal import Weight, blended, parse_weight, refreshed, weights_at
-from .sampler import noise_level
+from .sampler import check_signal, drawable_eta, noise_level
 
 # %% ../nbs/13_pipelines.ipynb #ebb9ddd1
 class _Blend(ModelHook):
@@ -145,10 +145,12 @@ def annealed(
     own = {k:vars(scheduler)[k] for k in ('set_timesteps','step') if k in vars(scheduler)}
     @wraps(set_timesteps)
     def begin(*args, **kwargs):
-        done = set_timesteps(*args, **kwargs); hook.begin(network)
+        done = set_timesteps(*args, **kwargs); check_signal(scheduler); hook.begin(network)
         return done
     @wraps(step)
     def advance(*args, **kwargs):
+        t = kwargs['timestep'] if 'timestep' in kwargs else args[1]
+        if kwargs.get('eta'): kwargs['eta'] = drawable_eta(scheduler, t, kwargs['eta'])
         done = step(*args, **kwargs); hook.advance()
         return done
     registry.register_hook(hook, name)

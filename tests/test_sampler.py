@@ -16,7 +16,7 @@ from PIL import Image
 
 from draft_nb.anneal import blend, blended, power, weights_at
 from draft_nb.kl import gaussian_kl
-from draft_nb.sampler import denoise, noise_level, prediction_kind, sample, single_step
+from draft_nb.sampler import denoise, drawable_eta, noise_level, prediction_kind, sample, single_step
 from draft_nb.toy import Mixture, denoiser, flow_level, ring, scalar, vp_level
 
 sd = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
@@ -428,7 +428,7 @@ def test_a_generator_for_each_image():
 @pytest.mark.parametrize("kwargs, says", [
     (dict(grad_steps=6), r"grad_steps must lie in 0..5 .*; got 6"), (dict(grad_steps=-1), "0..5.*got -1"), (dict(grad_steps=1.5), "0..5.*got 1.5"),
     (dict(steps=0), "steps must be .*at least 1; got 0"), (dict(steps=2.5), "got 2.5"), (dict(kl_on="both"), "kl_on must be one of guided, conditional; got 'both'"),
-    (dict(kl_on="conditional"), "predict must have parts"), (dict(eta=1.), "generator must be given if eta > 0"), (dict(eta=-1.), "eta must be at least 0; got -1"),
+    (dict(kl_on="conditional"), "predict must have parts"), (dict(eta=1.), "generator must be given if eta > 0"), (dict(eta=-1.), r"eta must lie in \[0,1\], .* got -1"), (dict(eta=1.5), r"eta must lie in \[0,1\], .* got 1.5"),
     (dict(weight="cubic"), "unknown weight 'cubic'; known: base"), (dict(weight=[0, 1]), "T is 5, the table has 2"), (dict(weight=lambda i, T: float("nan")), "step 0 of 5.*nan"),
     (dict(weight=lambda i, T: torch.ones(3)), r"one weight an image, \(1,\); got shape \(3,\)"), (dict(scheduler=euler, eta=1., generator=torch.Generator()), "eta must be 0 for Euler"),
     (dict(grad_steps=1, scheduler=HeunDiscreteScheduler(**sd), steps=3), "single-step"), (dict(steps=2000), "2000")])
@@ -524,7 +524,7 @@ def test_a_seed_for_each_picture_is_independent_of_the_batch(eta):
 @pytest.mark.parametrize("args, says", [
     (dict(prompts=[]), "at least one prompt; got none"), (dict(prompts=["a", 3]), "prompts must be strings; got 3"), (dict(prompts=["a", None]), "got None"),
     (dict(num_images=0), "num_images.*at least 1; got 0"), (dict(seed=[1, 2]), r"one a picture, 1 \(prompts x num_images\); got 2"), (dict(weight="cubic"), "unknown weight"),
-    (dict(steps=0), "steps must be"), (dict(eta=-1), "eta must be")])
+    (dict(steps=0), "steps must be"), (dict(eta=-1), "eta must lie")])
 def test_sample_refuses(args, says):
     with pytest.raises(ValueError, match=says): sample(TwoPictures(), **{"prompts": ["a"], **args})
 
@@ -545,3 +545,30 @@ def test_samples_show_and_save(tmp_path):
 def test_progress_shows_all_steps(capsys):
     sample(TwoPictures(), "a", steps=6, progress=True)
     assert "6/6" in capsys.readouterr().err
+
+
+schedules = [dict(beta_schedule=b, timestep_spacing=s, rescale_betas_zero_snr=z, set_alpha_to_one=o) for b in ("linear", "scaled_linear", "squaredcos_cap_v2")
+             for s in ("leading", "trailing", "linspace") for z in (False, True) for o in (False, True)]
+
+
+@pytest.mark.parametrize("options", schedules, ids=lambda o: "-".join(map(str, o.values())))
+def test_every_ddim_schedule_draws_with_all_of_its_noise(options):
+    "Of these schedules diffusers draws about one in ten as NaN, which ones depends on the CPU."
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1, **options)
+    for steps in (1, 2, 3, 5, 7, 10, 20, 25, 50):
+        for s in denoise(lambda x, t, w: x, torch.ones(1, 1, 1, 1), scheduler, steps=steps, eta=1., generator=torch.Generator().manual_seed(0)):
+            assert s.prev.isfinite().all()
+
+
+def test_less_noise_is_the_exception():
+    "A millionth less where the bracket vanishes, the very number elsewhere."
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing")
+    scheduler.set_timesteps(5)
+    assert [drawable_eta(scheduler, t, 1.) for t in scheduler.timesteps] == [1-1e-6, 1., 1., 1., 1.]
+    assert [drawable_eta(scheduler, t, .5) for t in scheduler.timesteps] == [.5]*5
+
+
+def test_predicted_noise_needs_a_signal():
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="scheduler must leave some signal .*rescale_betas_zero_snr.* timestep 999"):
+        denoise(lambda x, t, w: x, torch.ones(1, 1, 1, 1), scheduler, steps=5)
