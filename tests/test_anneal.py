@@ -129,7 +129,7 @@ def test_blend_is_the_definition(w):
 def test_per_image_weights_equal_one_by_one(ws):
     u, v = pair()
     together = blend(u, v, torch.tensor(ws))
-    for j, w in enumerate(ws): assert torch.equal(together[j:j+1], blend(u[j:j+1], v[j:j+1], w))
+    for j, w in enumerate(ws): torch.testing.assert_close(together[j:j+1], blend(u[j:j+1], v[j:j+1], w), atol=1e-6, rtol=0)
 
 
 def test_half_precision_weight_is_not_rounded_first():

@@ -3,6 +3,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors import safe_open
+from torch.testing import assert_close
 
 from draft_nb import adapters
 from draft_nb.anneal import by_noise, parse_weight, refreshed, weights_at
@@ -327,4 +328,4 @@ def test_threads_that_share_a_model_do_not_see_each_others_switch(model):
     alone = [draw(k) for k in range(6)]
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(draw, range(6)))
-    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    assert_close(together, alone, atol=1e-5, rtol=0)  # other threads

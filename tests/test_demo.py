@@ -12,10 +12,12 @@ from io import BytesIO
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 import pytest
 import torch
 from gradio_client import Client
 from PIL import Image
+from torch.testing import assert_close
 
 from draft_nb import demo
 from draft_nb.adapters import lora_layers
@@ -68,6 +70,11 @@ def rows(model, reward, judge, runs):
 
 
 def images(row): return row.samples.images
+
+
+def alike(got, expected):
+    "The same pictures up to rounding: one level of 255."
+    for a,b in zip(got, expected, strict=True): np.testing.assert_allclose(np.asarray(a, dtype=int), np.asarray(b, dtype=int), atol=1)
 
 
 # the weight
@@ -252,7 +259,7 @@ def test_drawings_take_turns(stage, rows, model, monkeypatch):
     for t in threads: t.join()
     assert set(most)=={1} and not inside
     assert {t.name for t in threading.enumerate() if t.name.startswith("drawing")}
-    for k,row in rows.items(): assert torch.equal(images(got[k]), images(row))
+    for k,row in rows.items(): assert_close(images(got[k]), images(row), atol=1e-5, rtol=0) # other threads
     steps = demo.row_of(stage, replace(FOX, seed=8))
     next(steps)
     assert stage.alone(lambda: 1)==1  # nothing is held between steps
@@ -364,15 +371,15 @@ def test_png_and_json(stage, rows, lora):
 
 @pytest.mark.parametrize("change", [{}, dict(strength=.3), dict(weight="sigmoid_0.4"), dict(weight="sigmoid_0.4", strength=.7, adapter="shaken"), dict(prompt="it's \"a\" \\ fox")], ids=str)
 def test_copied_python_draws_the_same(stage, change, tmp_path, monkeypatch):
-    "The snippet runs as it is and gives the very pictures that were shown."
+    "The snippet runs as it is and gives the pictures that were shown, up to rounding: it reads the weights anew."
     request = replace(FOX, **change)
     code = demo.snippet(request, "tiny", demo.folder_shown(stage, request))
     monkeypatch.chdir(tmp_path)
     there = {}
     exec(compile(code, "snippet", "exec"), there)
     shown = demo.shown_row(stage, request, "annealed").samples.pil()
-    assert [o.tobytes() for o in there["pictures"]]==[o.tobytes() for o in shown]
-    assert Image.open(tmp_path/"picture-1.png").tobytes()==shown[0].tobytes()
+    alike(there["pictures"], shown)
+    assert Image.open(tmp_path/"picture-1.png").tobytes()==there["pictures"][0].tobytes()
 
 
 def test_snippet_of_the_package():
@@ -410,7 +417,7 @@ def test_runs_are_found(stage, lora, runs):
 
 def test_a_run_is_the_same_model(stage, rows):
     again = demo.finished(demo.row_of(stage, replace(FOX, weight="draft", adapter="shaken")))
-    assert torch.equal(images(again), images(rows["aligned"]))
+    assert_close(images(again), images(rows["aligned"]), atol=1e-5, rtol=0) # read from disk
     assert len(stage.others)==1 and stage.model_of("shaken") is stage.model_of("shaken")
 
 
@@ -469,7 +476,7 @@ def test_training(stage, runs, monkeypatch):
     assert last.folder.name in dict(demo.adapters(stage)) and last.folder.parent==runs
     trained = demo.finished(demo.row_of(stage, replace(FOX, weight="draft", adapter=last.folder.name)))
     base = demo.shown_row(stage, FOX, "base")
-    assert not torch.equal(images(trained), images(base))
+    assert not torch.allclose(images(trained), images(base), atol=1e-4)
 
 
 def test_failed_training_frees_the_place(stage, monkeypatch):
@@ -561,8 +568,7 @@ def test_request(client, rows):
     assert [o["weight"] for o in got.values()]==["base", "linear", "draft"]
     for k,r in rows.items():
         assert got[k]["reward"]==pytest.approx(r.reward.tolist()) and got[k]["diversity"]==pytest.approx(r.diversity)
-        for uri,picture in zip(got[k]["images"], r.samples.pil(), strict=True):
-            assert Image.open(BytesIO(base64.b64decode(uri.partition(",")[2]))).tobytes()==picture.tobytes()
+        alike([Image.open(BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in got[k]["images"]], r.samples.pil())
 
 
 def test_two_clients(app, client, model):
@@ -572,7 +578,7 @@ def test_two_clients(app, client, model):
     for seed,job in jobs.items():
         expected = sample(model, FOX.prompt, weight="linear", seed=seed, num_images=2, steps=2, guidance_scale=1.).pil()
         got = [Image.open(BytesIO(base64.b64decode(o.partition(",")[2]))) for o in job.result(timeout=120)["annealed"]["images"]]
-        assert [o.tobytes() for o in got]==[o.tobytes() for o in expected]
+        alike(got, expected)
 
 
 @pytest.mark.parametrize("bad, message", [(dict(prompt=""), "empty"), (dict(prompt="x"*10_000), "10000"), (dict(seed=.5), "seed must be a whole number"), (dict(num_images=0), "1 to 8"), (dict(num_images=1000), "1 to 8"),

