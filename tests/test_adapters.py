@@ -6,6 +6,8 @@ from torch.testing import assert_close
 
 from draft_nb.adapters import add_lora, base_of, lora_layers, trainable, unfreeze
 
+pytestmark = pytest.mark.numeric
+
 
 def small(seed=0):
     torch.manual_seed(seed)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from draft_nb import anneal
 from draft_nb.anneal import blend, blended, parse_weight, weight_name, weights_at
 
+pytestmark = pytest.mark.numeric
+
 finite = st.floats(-3, 3, allow_nan=False)
 
 

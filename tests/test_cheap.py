@@ -11,6 +11,8 @@ from draft_nb.models import asset, load
 from draft_nb.pipelines import annealed
 from draft_nb.sampler import denoise, noise_level, sample, sample_each
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = ["an emoji of a fox", "a rose"]
 SIX = ["base", "draft", "linear", "power_2", "power_4", "step_0.6"]
 

@@ -50,6 +50,8 @@ from draft_nb.pipelines import annealed
 from draft_nb.sampler import denoise, noise_level, sample
 from draft_nb.train import draft_loss
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = ["a fox", "a red apple on a blue background"]
 T = 3
 
@@ -280,7 +282,7 @@ def test_the_gradient_is_autograd_through_the_stock_pipeline(kind, K):
     theirs = torch.autograd.grad(reward(stock(model.pipe, x, type(model.pipe).__call__.__wrapped__, cut=T - K - 1)).mean(), model.parameters(), allow_unused=True)
     assert [g is None for g in ours] == [g is None for g in theirs]
     ours, theirs = (torch.cat([g.flatten() for g in o if g is not None]) for o in (ours, theirs))
-    assert theirs.norm() > 0 and (ours - theirs).norm() < 1e-4 * theirs.norm()
+    assert theirs.norm() > 0 and (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 # base, tuned and between

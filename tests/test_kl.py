@@ -8,6 +8,8 @@ from torch.distributions import Normal, kl_divergence
 from draft_nb.anneal import blend
 from draft_nb.kl import gaussian_kl, to_epsilon, to_x0, transition_kl
 
+pytestmark = pytest.mark.numeric
+
 kinds = ("epsilon", "v_prediction", "sample", "flow")
 seeds, scales = st.integers(0, 10**6), st.floats(.1, 3)
 

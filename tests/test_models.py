@@ -11,6 +11,8 @@ from draft_nb.models import FAMILIES, asset, check_device, clamp_unit, load
 from draft_nb.pipelines import annealed
 from draft_nb.sampler import denoise, sample
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = ["an emoji of a fox", "an emoji of a red apple on a blue background", "a ghost"]
 
 
@@ -72,7 +74,7 @@ def test_the_same_with_euler(noise):
     model.pipe.scheduler.set_timesteps(6)
     ours = sample(model, PROMPTS, steps=6, guidance_scale=3., seed=0).images
     theirs = stock(model.pipe, noise, num_inference_steps=6, guidance_scale=3.)
-    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - theirs).abs().max() < 1e-4  # Euler's latents begin 14 times as large, rounding with them
 
 
 def test_the_scheduler_and_the_global_random_numbers_stay_as_they_were(model):
@@ -85,10 +87,10 @@ def test_the_scheduler_and_the_global_random_numbers_stay_as_they_were(model):
 
 def test_weights_0_and_1_are_base_and_tuned(model, noise):
     bare = load("tiny", adapter=None)
-    before = sample(bare, PROMPTS, weight="draft", steps=4).images
+    before = sample(bare, PROMPTS, weight="draft", steps=4, guidance_scale=1.).images
     own = load(bare.pipe, rank=4)  # the same tensors, with a LoRA
     for p, q in zip(own.parameters(), model.parameters(), strict=True): p.data.copy_(q.data)
-    assert torch.equal(sample(own, PROMPTS, weight="base", steps=4).images, before)
+    assert torch.equal(sample(own, PROMPTS, weight="base", steps=4, guidance_scale=1.).images, before)
     assert_close(sample(model, PROMPTS, weight="base", steps=4).images, before, atol=1e-5, rtol=0)  # another copy
     tuned = sample(model, PROMPTS, weight="draft", steps=4).images
     each = sample(model, PROMPTS, weight=lambda i, T: torch.tensor([0., 1., 1.]), steps=4).images

@@ -20,6 +20,8 @@ from draft_nb.adapters import base_of
 from draft_nb.models import load
 from draft_nb.pipelines import annealed, denoiser_of
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = ["an emoji of a fox", "a rose"]
 
 

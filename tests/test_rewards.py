@@ -10,6 +10,8 @@ from draft_nb.models import asset
 from draft_nb.rewards import (KNOWN, Reward, available, calibrate, clip_preprocess, colorfulness, jpeg_size, load_reward, parse_reward,
                               quantisation, resize, square, standardise, weighted)
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = ["an emoji of a fox", "an emoji of a rose on a blue background", "a pizza"]
 
 

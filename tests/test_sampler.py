@@ -19,6 +19,8 @@ from draft_nb.kl import gaussian_kl
 from draft_nb.sampler import denoise, drawable_eta, noise_level, prediction_kind, sample, single_step
 from draft_nb.toy import Mixture, denoiser, flow_level, ring, scalar, vp_level
 
+pytestmark = pytest.mark.numeric
+
 sd = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
 ddim = DDIMScheduler(**sd, clip_sample=False, set_alpha_to_one=False)
 euler, flow = EulerDiscreteScheduler(**sd), FlowMatchEulerDiscreteScheduler(shift=3.)

@@ -10,6 +10,8 @@ from draft_nb.kl import to_epsilon, to_x0
 from draft_nb.sampler import denoise
 from draft_nb.toy import Mixture, denoise_exactly, denoiser, draw, flow_level, log_density, ring, scalar, tilted, vp_level
 
+pytestmark = pytest.mark.numeric
+
 sd = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
 ddim = DDIMScheduler(**sd, clip_sample=False, set_alpha_to_one=False)
 seeds = st.integers(0, 10**6)

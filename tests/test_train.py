@@ -50,12 +50,14 @@ def model():
     return moved(load("tiny", rank=4))
 
 
+@pytest.mark.numeric
 def test_the_forward_pass_is_the_same_for_every_k(model):
     results = [loss_and_gradient(model, grad_steps=k, kl_coeff=0.) for k in (1, 2, 4)]
     assert [r[0] for r in results] == pytest.approx([results[0][0]] * 3, rel=1e-5)  # with a graph PyTorch may take other kernels
     assert not torch.allclose(results[0][1], results[1][1])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_gradient_equals_autograd_through_the_stock_pipeline(k):
     "K = T: the whole of the stock pipeline's undecorated call carries gradient."
@@ -70,6 +72,7 @@ def test_the_gradient_equals_autograd_through_the_stock_pipeline(k):
     assert all((a - b).abs().max() <= 1e-4 * scale for a, b in zip(mine, theirs))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kl_on", ["guided", "conditional"])
 def test_checkpointing_changes_no_gradient(kl_on):
     model = moved(load("tiny", rank=4))
@@ -93,6 +96,7 @@ def test_kl_coeff_0_runs_no_base_pass(model):
         models.base_of = original
 
 
+@pytest.mark.numeric
 def test_the_loss_is_its_parts(model):
     loss, _, parts = loss_and_gradient(model, kl_coeff=.7, grad_steps=2)
     assert loss == pytest.approx(.7 * parts["kl"].item() - parts["reward"].mean().item(), rel=1e-5)
@@ -156,6 +160,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_random_numbe
     assert not all(torch.allclose(a, b, atol=1e-4) for a, b in zip(weights[0], weights[2]))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("options", [{}, {"ema_decay": .5}, {"eta": 1., "gradient_accumulation_steps": 2}])
 def test_resume_is_exact(tmp_path, options):
     whole, parts = load("tiny", rank=2), load("tiny", rank=2)
