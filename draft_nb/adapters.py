@@ -370,7 +370,7 @@ def lora_model(
 # %% ../nbs/11_adapters.ipynb #e31ea42a
 def _place(name:str, places:dict[str,nn.Module], flat:dict[str,str], prefix:str)->str|None:
     "The layer that a name in a file means."
-    for start in ('base_model.model.', f'{prefix}.', 'module.'): name = name.removeprefix(start)
+    name = re.sub(rf'^((base_model\.model|module|{prefix})\.)+', '', name)
     if name in places: return name
     for start in ('lora_unet_', f'lora_{prefix}_', f'{prefix}_'):
         if name.startswith(start): return flat.get(name.removeprefix(start))
