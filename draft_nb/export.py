@@ -20,11 +20,12 @@ import yaml
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn, tensor
 
-from .adapters import WEIGHT_KEY, lora_layers
+from .adapters import WEIGHT_KEY, lora_layers, the_tuned, tuned_adapters
 from .models import Model, load
 from .train import Run, write_aside
 
@@ -52,8 +53,9 @@ def kohya_state(
     "The LoRA under the names that ComfyUI and A1111 read."
     kind = _kind(model)
     if kind not in ('sd','sdxl'): raise ValueError(f'format kohya is for SD and SDXL; got {kind}: use diffusers or merged')
-    layers = set(lora_layers(model.network))
-    alphas = {n:m.scaling['default']*m.r['default'] for n,m in model.network.named_modules() if m in layers}
+    tuned = the_tuned(model.network)
+    layers = set(lora_layers(model.network, [tuned]))
+    alphas = {n:m.scaling[tuned]*m.r[tuned] for n,m in model.network.named_modules() if m in layers}
     alpha = mode(alphas.values())
     renamed = {}
     for key,value in _lora_file(model)[0].items():
@@ -100,7 +102,7 @@ def file_metadata(
     made = {'base_model':model.name, **{k:about.get(k) for k in ('reward','max_steps','grad_steps','kl_coeff','num_inference_steps','guidance_scale')}}
     shown = {}
     if format=='kohya':
-        config = model.network.peft_config['default']
+        config = model.network.peft_config[the_tuned(model.network)]
         shown = dict(network_module='networks.lora', network_dim=config.r, network_alpha=config.lora_alpha, sd_model_name=model.name, v2='-v2-' in spec['architecture'],
                      base_model_version='sdxl_base_v1-0' if kind=='sdxl' else 'sd_v2' if '-v2-' in spec['architecture'] else 'sd_v1',
                      learning_rate=about.get('learning_rate'), max_train_steps=about.get('max_steps'), seed=about.get('seed'))
@@ -141,8 +143,8 @@ def export_lora(
     if path.is_file()!=(path.suffix=='.safetensors') and path.exists(): raise ValueError(f'path must be a folder or a .safetensors file; got {path}')
     model,about,kept = trained(source, device)
     for name,part in model.pipe.components.items():
-        if part is not model.network and isinstance(part, nn.Module) and lora_layers(part): raise ValueError(f'the LoRA must be on the {model.component} alone; there is one on the {name}, which would be lost')
-    whole = not lora_layers(model.network)
+        if part is not model.network and isinstance(part, nn.Module) and tuned_adapters(part): raise ValueError(f'the LoRA must be on the {model.component} alone; there is one on the {name}, which would be lost')
+    whole = not tuned_adapters(model.network)
     if whole and format=='kohya': raise ValueError(f'format kohya holds a LoRA; {model.name} has none: use merged')
     if whole and isinstance(source, Model) and model.frozen is None: raise ValueError(f'{model.name} carries no adapter: there is nothing to export')
     if whole or format=='merged': return _with_card(source, _save_merged(model, path))
@@ -179,17 +181,27 @@ def _write(path:Path, tensors:dict[str,Tensor], header:dict[str,str])->Path:
 
 # %% ../nbs/31_export.ipynb #b3b5fa26
 def _save_merged(model:Model, folder:Path)->Path:
-    "The pipeline with its LoRA added to the weights; the model stays as it was."
+    "The pipeline with its LoRAs added to the weights, those of the base too; the model stays as it was."
     if folder.suffix=='.safetensors': raise ValueError(f'a whole pipeline is written to a folder; got the file {folder}')
-    network = model.network
-    if lora_layers(network):
-        merged = copy.deepcopy(network)
-        merged.fuse_lora(safe_fusing=True)
-        merged.unload_lora()
-        setattr(model.pipe, model.component, merged)
-    try: model.pipe.save_pretrained(folder)
-    finally: setattr(model.pipe, model.component, network)
+    carry = {n:p for n,p in model.pipe.components.items() if isinstance(p, nn.Module) and lora_layers(p)}
+    try:
+        for name,part in carry.items(): setattr(model.pipe, name, _fused(part))
+        model.pipe.save_pretrained(folder)
+    finally:
+        for name,part in carry.items(): setattr(model.pipe, name, part)
     return folder
+
+def _fused(network:nn.Module)->nn.Module:
+    "A copy with every LoRA that acts added to the weights, and without adapters."
+    fused = copy.deepcopy(network)
+    for layer in lora_layers(fused):
+        if not layer.disable_adapters: layer.merge(safe_merge=True)
+    layers = {n:m for n,m in fused.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name,layer in layers.items():
+        if not any(name.startswith(f'{n}.') for n in layers): fused.set_submodule(name, layer.get_base_layer())
+    del fused.peft_config
+    fused._hf_peft_config_loaded = False
+    return fused
 
 # %% ../nbs/31_export.ipynb #e72a2a5f
 STAYS = ['checkpoints/*', '*/checkpoints/*', '*.part', '*events.out.tfevents*', '.*', '*/.*'] # Patterns of what is not uploaded

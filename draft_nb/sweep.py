@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapters import WEIGHT_KEY, lora_layers
+from .adapters import WEIGHT_KEY, lora_layers, tuned_adapters
 from .anneal import parse_weight, weight_name, weights_at
 from .metrics import contrast, embed, interval, load_features, paired_interval, pareto, saturation, vendi
 from .models import check_prompts, load
@@ -106,10 +106,11 @@ def lora_scale(
     scale:float,          # 1 is the LoRA as it was trained, 0 the base
 )->Iterator[nn.Module]:   # The same network
     "Inside the block the LoRA acts so much stronger; afterwards it is as it was, also after an exception (DRaFT, arXiv 2309.17400, section 4.4)."
-    layers = lora_layers(network)
+    tuned = tuned_adapters(network)
+    layers = lora_layers(network, tuned)
     if not layers: raise ValueError(f'scales need a LoRA; {type(network).__name__} carries none')
     before = [dict(l.scaling) for l in layers]
-    for l,kept in zip(layers, before): l.scaling.update({k:v*scale for k,v in kept.items()})
+    for l,kept in zip(layers, before): l.scaling.update({k:v*scale for k,v in kept.items() if k in tuned})
     try: yield network
     finally:
         for l,kept in zip(layers, before): l.scaling.update(kept)
@@ -310,7 +311,7 @@ def _eyes(features, rewards:list[Reward], device)->tuple[Callable,str]:
 def _check_model(model, points:list[tuple], steps:int|None)->None:
     "Refuse weights that the model cannot be drawn with."
     if not model.has_base: raise ValueError(f'model must carry an adapter, so that there is a base to compare with; {model.name} carries none')
-    if any(s!=1 for *_,s in points) and not lora_layers(model.network): raise ValueError(f'scales need a LoRA; {model.name} carries none')
+    if any(s!=1 for *_,s in points) and not tuned_adapters(model.network): raise ValueError(f'scales need a LoRA; {model.name} carries none')
     n = steps or model.steps
     T = count_steps(model.scheduler, n, **model.timesteps_kwargs(model.latents(1, generator=torch.Generator()), n))
     for _,w,_ in points: weights_at(w, T, lambda i: (i/T, 1-i/T)) # a table of another length is refused
