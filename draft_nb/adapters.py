@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'WEIGHT_KEY', 'add_lora', 'lora_layers', 'trainable', 'lora_state', 'load_lora', 'base_of', 'fusable',
-           'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge']
+           'RowsReshaped', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge']
 
 # %% ../nbs/11_adapters.ipynb #f62b6d7c
 import copy
@@ -108,6 +108,9 @@ def fusable(
     layers = lora_layers(network)
     return bool(layers) and not any(l.merged or l.disable_adapters or any(getattr(l, 'use_dora', {}).values()) or any(getattr(l, 'lora_bias', {}).values()) for l in layers)
 
+class RowsReshaped(ValueError):
+    "A layer inside `lora_rows` got another number of rows than the network."
+
 @contextmanager
 def lora_rows(
     network:nn.Module,  # `fusable`
@@ -118,7 +121,7 @@ def lora_rows(
     first,last = (int(chosen[0]),int(chosen[-1])+1) if len(chosen) else (0,0)
     rows = slice(first, last) if last-first==len(chosen) else chosen.to(next(network.parameters()).device)
     def forward(layer, x, *args, **options):
-        if len(x)!=len(on): raise ValueError(f'a batch inside lora_rows must have {len(on)} rows; {type(layer).__name__} got {len(x)}')
+        if len(x)!=len(on): raise RowsReshaped(f'a batch inside lora_rows must have {len(on)} rows; {type(layer).__name__} got {len(x)}')
         out = layer.base_layer(x, *args, **options)
         for name in layer.active_adapters:
             a,b = layer.lora_A[name],layer.lora_B[name]
