@@ -10,13 +10,23 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from itertools import count
 from types import MethodType
 
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, PixArtTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -55,37 +65,46 @@ class _Run:
     "Where a pipeline is: the weight of each step, and the step that comes next."
     def __init__(self, pipe:DiffusionPipeline, weight:Weight):
         self.pipe,self.scheduler,self.weight,self.name = pipe,pipe.scheduler,weight,type(pipe).__name__
-        self.weights,self.running,self.asked,self.next,self.guess,self.number = [],False,False,None,None,0
+        self.weights,self.number,self.running,self.warned = [],0,False,False
+        self.next,self.guess,self.t = None,None,None
 
     def begin(self)->None:
         "The scheduler's timesteps were set."
+        self.running,self.next,self.guess,self.t = False,None,None,None
         self.weights = weights_at(self.weight, len(self.scheduler.timesteps), lambda i: noise_level(self.scheduler, i))
-        self.running,self.asked,self.next,self.guess = True,False,None,None
+        self.running = True
         self.number += 1
 
     def step(self, t)->int:
         "The step that a call of a denoiser belongs to."
-        self.asked,i = True,_place(self.scheduler.timesteps, t)
+        if len(self.weights)!=len(self.scheduler.timesteps): self.begin()
+        i = _place(self.scheduler.timesteps, t)
         if i is None: i = self.next
-        if i is None: i = _counter(self.scheduler)
-        if i is None: i = self.guess = _by_value(self.scheduler, t)
+        if i is None: i = self._first(t)
         return min(i, len(self.weights)-1)
+
+    def _first(self, t)->int:
+        "Where the run begins; before the first step all calls are at one timestep."
+        if self.t is not None and not _alike(self.t, t): raise self._lost('goes on without')
+        i,self.t = _counter(self.scheduler),t
+        if i is None: i = self.guess = _by_value(self.scheduler, t)
+        return i
 
     def advance(self, t)->None:
         "The scheduler made a step, from timestep `t`."
-        i,own = _place(self.scheduler.timesteps, t),getattr(self.scheduler, 'step_index', None)
-        if own is not None: self.next = own
-        elif i is not None: self.next = i+1
-        else: self.next = (self.next if self.next is not None else self.guess or 0)+1
-        if self.guess is not None and self.guess!=self.next-1:
-            raise ValueError(f'a pipeline must tell its scheduler or its denoiser where it begins; {self.name} began at step {self.next-1}, which looked like step {self.guess}')
-        self.guess = None
-        self.number += 1
+        i,own,begun = _place(self.scheduler.timesteps, t),getattr(self.scheduler, 'step_index', None),self.guess
+        if i is None and begun is not None and own is None: i = _by_value(self.scheduler, t)
+        self.next = own if own is not None else i+1 if i is not None else (self.next or 0)+1
+        self.guess,self.number = None,self.number+1
+        if begun is not None and begun!=self.next-1:
+            raise ValueError(f'a pipeline must tell its scheduler or its denoiser where it begins; {self.name} began at step {self.next-1}, which looked like step {begun}')
 
     def copy_stepped(self)->None:
         "A copy of the scheduler made a step."
-        if self.running and self.asked and self.next is None:
-            raise ValueError(f'a pipeline must step its own scheduler, which says what step it is; {self.name} steps copies of it')
+        if self.running and self.t is not None and self.next is None: raise self._lost('steps a copy of')
+
+    def _lost(self, what:str)->ValueError:
+        return ValueError(f'annealed follows the steps of pipe.scheduler; {self.name} {what} it')
 
 def _counter(scheduler)->int|None:
     "The scheduler's own counter; before the first step, where the pipeline told it to begin."
@@ -97,14 +116,16 @@ TIMES = 'timestep','timesteps','t' # what networks call the time
 UNBATCHED = 'img_ids','txt_ids','image_rotary_emb','ip_adapter_masks' # arguments of denoisers without a row for each picture
 VARYING = 'timestep','residual','controlnet','audio_hidden_states' # parts of the names of what differs from step to step, beside the latents
 
+@cache
+def _argument_names(cls:type)->tuple[str,...]: return tuple(inspect.signature(cls.forward).parameters)[1:]
+
 def _named(
     module:nn.Module,
     call:tuple, # Positional and named arguments
 )->dict:        # Name -> value; the latents come first
     "The arguments of a call by name."
     args,kwargs = call
-    names = list(inspect.signature(type(unwrap_module(module)).forward).parameters)[1:]
-    named = dict(zip(names, args))|kwargs
+    named = dict(zip(_argument_names(type(unwrap_module(module))), args))|kwargs
     for name,value in named.items():
         if ('cache' in name or name=='past_key_values') and isinstance(value, object) and not isinstance(value, (str,bool,type(None))):
             raise ValueError(f'annealed must not share a cache between base and tuned; {type(unwrap_module(module)).__name__} is called with {name}')
@@ -119,7 +140,8 @@ def _first(named:dict)->Tensor:
     return next(iter(named.values()))
 
 # %% ../nbs/13_pipelines.ipynb #0b6f1979
-KEEPS_ROWS = UNet2DConditionModel, PixArtTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel # base and tuned may share a batch
+KEEPS_ROWS = (UNet2DConditionModel, PixArtTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel, ChromaTransformer2DModel,
+              WanTransformer3DModel) # base and tuned may share a batch
 
 def _keeps_rows(
     module:nn.Module,
@@ -182,7 +204,8 @@ class _Memory:
         if number!=self.number:
             self.known = [[what,predict,False] for what,predict,used in self.known if used]
             self.number = number
-        what = {k:v for k,v in list(named.items())[1:] if k not in TIMES and not any(o in k for o in VARYING)}
+        shapes = [o.shape for o in tree_flatten(_first(named))[0] if isinstance(o, Tensor)]
+        what = {'shapes':shapes}|{k:v for k,v in list(named.items())[1:] if k not in TIMES and not any(o in k for o in VARYING)}
         for entry in self.known:
             if not entry[2] and _alike(entry[0], what):
                 entry[2] = True
@@ -196,13 +219,13 @@ class _Blend(ModelHook):
     def __init__(self, run:_Run, base:nn.Module|None, refresh:int, fused:bool):
         super().__init__()
         self.run,self.base,self.refresh,self.fused = run,base,refresh,fused
-        self.predict,self.memory,self.answer = None,None,None
+        self.predict,self.memory,self.answer,self.rows_apart = None,None,None,None
 
     def begin(self, module:nn.Module)->None:
         "A run starts, and it is this hook's."
         for other in _registry(module).hooks.values():
             if isinstance(other, _Blend) and other.run is not self.run: other.run.running = False
-        self.predict = self._predictor(module)
+        self.predict,self.rows_apart = self._predictor(module),None
         self.memory = _Memory(lambda: refreshed(self.predict, self.refresh, mix=self._mix))
 
     def _ask(self, network:nn.Module, module:nn.Module, call:tuple)->list[Tensor]:
@@ -235,17 +258,19 @@ class _Blend(ModelHook):
 
     def _fusable(self, module:nn.Module)->bool:
         if not self.fused or self.base is not None or torch.is_grad_enabled() or not fusable(module): return False
-        if _keeps_rows(module): return True
-        self._two_passes(module, 'it is compiled, or not known to keep the rows of a batch apart')
-        return False
+        if self.rows_apart is None:
+            self.rows_apart = _keeps_rows(module)
+            if not self.rows_apart: self._two_passes(module, 'it is compiled, or not known to keep the rows of a batch apart')
+        return self.rows_apart
 
     def _two_passes(self, module:nn.Module, why:str)->None:
-        self.fused = False
-        warnings.warn(f'base and tuned take two passes a step in the {type(unwrap_module(module)).__name__} of {self.run.name}: {why}; fused=False says the same in silence', stacklevel=2)
+        self.rows_apart = False
+        if not self.run.warned: warnings.warn(f'base and tuned take two passes through the {type(unwrap_module(module)).__name__} of {self.run.name}: {why}; fused=False hides this warning', stacklevel=2)
+        self.run.warned = True
 
     def new_forward(self, module:nn.Module, *args, **kwargs):
-        if not self.run.running: return self.fn_ref.original_forward(*args, **kwargs)
         if self.run.pipe.scheduler is not self.run.scheduler: raise ValueError(f'the scheduler of {self.run.name} must not be replaced inside annealed; set it before')
+        if not self.run.running: return self.fn_ref.original_forward(*args, **kwargs)
         named = _named(module, (args,kwargs))
         w = self.run.weights[self.run.step(_time(named))]
         predict = self.predict if self.refresh==1 else self.memory.of(named, self.run.number)
@@ -331,8 +356,9 @@ def _check_network(
     "Refuse a network that cannot answer for base and tuned in turn."
     plain = unwrap_module(network)
     if switched and any(l.merged for l in lora_layers(plain)): raise ValueError(f'the LoRA of {where} must not be fused; call unfuse_lora() before annealed')
-    hooks = [h for m in plain.modules() if '_diffusers_hook' in vars(m) for h in m._diffusers_hook.hooks.values() if h._is_stateful]
-    if hooks: raise ValueError(f'{where} must have no cache, which base and tuned would share; it has {type(hooks[0]).__name__}, call disable_cache() before annealed')
+    caches = [h for m in plain.modules() if '_diffusers_hook' in vars(m) for h in m._diffusers_hook.hooks.values() if h._is_stateful]
+    if isinstance(plain, CacheMixin) and plain.is_cache_enabled: caches.insert(0, plain._cache_config)
+    if caches: raise ValueError(f'{where} must have no cache, which base and tuned would share; it has {type(caches[0]).__name__}, call disable_cache() before annealed')
     if plain._compiled_call_impl is not None: raise ValueError(f'{where} must not be compiled in place by compile(); use torch.compile({where}) instead')
 
 # %% ../nbs/13_pipelines.ipynb #c7d3a162
@@ -399,10 +425,15 @@ def annealed(
     own = {k:vars(scheduler)[k] for k in ('set_timesteps','step') if k in vars(scheduler)}
     watched,registries = _watched(run, begin),{name:_registry(networks[name]) for name in hooks}
     label = next(n for k in count() if not any((n:=f'draft_nb.annealed.{k}') in r.hooks for r in registries.values()))
+    plain = [name for name in hooks if 'forward' not in vars(networks[name])]
     for name,hook in hooks.items(): registries[name].register_hook(hook, label)
     vars(scheduler).update(watched)
     try: yield pipe
     finally:
         for k in watched: delattr(scheduler, k)
         vars(scheduler).update(own)
-        for r in registries.values(): r.remove_hook(label, recurse=False)
+        for name,r in registries.items():
+            r.remove_hook(label, recurse=False)
+            if is_compiled_module(networks[name]) and not r.hooks: del vars(networks[name])['_diffusers_hook']
+        for name in plain:
+            if vars(networks[name])['forward']==MethodType(type(networks[name]).forward, networks[name]): del networks[name].forward
