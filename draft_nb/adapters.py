@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'WEIGHT_KEY', 'NOT_LORA', 'lora_layers', 'base_adapters', 'tuned_adapters', 'the_tuned',
            'keep_as_base', 'placed', 'check_adapters', 'add_lora', 'trainable', 'lora_state', 'base_of', 'switching',
-           'fusable', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge', 'lora_kind',
-           'lora_model', 'lora_parts', 'load_lora']
+           'fusable', 'RowsReshaped', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge',
+           'lora_kind', 'lora_model', 'lora_parts', 'load_lora']
 
 # %% ../nbs/11_adapters.ipynb #f62b6d7c
 import copy
@@ -219,6 +219,9 @@ def fusable(
     "Whether base and tuned rows can go through the network together; LoHa, LoKr, OFT and DoRA cannot, and take two passes."
     return bool(tuned_adapters(network)) and all(_is_sum(l) for l in lora_layers(network))
 
+class RowsReshaped(ValueError):
+    "A layer inside `lora_rows` got another number of rows than the network."
+
 @contextmanager
 def lora_rows(
     network:nn.Module,  # `fusable`
@@ -229,7 +232,7 @@ def lora_rows(
     first,last = (int(chosen[0]),int(chosen[-1])+1) if len(chosen) else (0,0)
     rows = slice(first, last) if last-first==len(chosen) else chosen.to(next(network.parameters()).device)
     def forward(layer, names, x, *args, **options):
-        if len(x)!=len(on): raise ValueError(f'a batch inside lora_rows must have {len(on)} rows; {type(layer).__name__} got {len(x)}')
+        if len(x)!=len(on): raise RowsReshaped(f'a batch inside lora_rows must have {len(on)} rows; {type(layer).__name__} got {len(x)}')
         out = layer.base_layer(x, *args, **options)
         for name in names:
             a,b,of_all = layer.lora_A[name],layer.lora_B[name],name in of_base

@@ -12,6 +12,7 @@ from math import isfinite
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 # %% ../nbs/00_anneal.ipynb #f7fdcb0d
 Weight = Callable[[int, int], float|Tensor] # w(i, T): i = 0 is the noisiest of T steps
@@ -206,12 +207,13 @@ def everywhere(
 def blended(
     base:Callable[[Tensor,Tensor], Tensor],  # (x, t) -> prediction of the base
     tuned:Callable[[Tensor,Tensor], Tensor], # (x, t) -> prediction of the tuned model
+    mix:Callable=blend,                      # (base, tuned, w) -> blend; another one where predictions are lists of tensors
 )->Callable:                                 # predict(x, t, w=1.) -> prediction; predict.apart(x, t) -> both
     "One `predict(x, t, w)` from two denoisers."
     def predict(x, t, w=1.):
         if everywhere(w, 1): return tuned(x, t)
         if everywhere(w, 0): return base(x, t)
-        return blend(*predict.apart(x, t), w)
+        return mix(*predict.apart(x, t), w)
     predict.apart = lambda x, t: (base(x, t), tuned(x, t))
     return predict
 
@@ -219,6 +221,7 @@ def blended(
 def refreshed(
     predict:Callable, # (x, t, w) -> prediction, with apart(x, t) -> (base, tuned)
     m:int=1,          # The gap is asked anew at every m-th step that blends; 1 is exact
+    mix:Callable=blend, # (base, tuned, w) -> blend; another one where predictions are lists of tensors
 )->Callable:          # The same for one run: it remembers
     "`predict` that asks for both predictions at every `m`-th blended step only."
     if not isinstance(m, int) or m<1: raise ValueError(f"refresh must be a whole number, at least 1; got {m!r}")
@@ -231,10 +234,10 @@ def refreshed(
         if everywhere(w, 0) or everywhere(w, 1): return predict(x, t, w)
         if age>=m or gap is None:
             base,tuned = predict.apart(x, t)
-            gap,age = tuned-base,0
+            gap,age = tree_map(torch.sub, tuned, base),0
         elif float(w.mean() if isinstance(w, Tensor) else w)<.5:
-            base = predict(x, t, 0.); tuned = base+gap
+            base = predict(x, t, 0.); tuned = tree_map(torch.add, base, gap)
         else:
-            tuned = predict(x, t, 1.); base = tuned-gap
-        return blend(base, tuned, w)
+            tuned = predict(x, t, 1.); base = tree_map(torch.sub, tuned, gap)
+        return mix(base, tuned, w)
     return approximate
