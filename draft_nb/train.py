@@ -21,14 +21,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.optimization import get_scheduler
+from accelerate.utils import LoggerType
+from diffusers.optimization import SchedulerType, get_scheduler
+from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -40,6 +45,7 @@ from .estimators import estimators, parse_estimator
 from .kl import gaussian_kl
 from .metrics import contrast, diversity, saturation
 from .sampler import count_steps, denoise, sample
+from .values import LARGEST, texts
 
 # %% ../nbs/30_train.ipynb #18a15937
 @dataclass(frozen=True)
@@ -91,9 +97,7 @@ class DRaFTConfig:
     log_with:str|None=None                  # Anything that accelerate tracks with, or none; by default tensorboard where it is installed
 
     def __post_init__(self):
-        object.__setattr__(self, 'output_dir', str(self.output_dir))
-        object.__setattr__(self, 'sample_prompts', tuple(self.sample_prompts))
-        if self.guidance_interval is not None: object.__setattr__(self, 'guidance_interval', tuple(self.guidance_interval))
+        for name,value in _typed(self).items(): object.__setattr__(self, name, value)
         for name,rule,ok in _rules:
             value = getattr(self, name)
             if value is not None and not ok(value): raise ValueError(f'{name} must be {rule}; got {value!r}')
@@ -101,18 +105,60 @@ class DRaFTConfig:
         parse_estimator(self.estimator, self.grad_steps, self.lv_samples, self.stop_within)
 
 # %% ../nbs/30_train.ipynb #a65bad31
-def _one_of(*names): return f'one of {", ".join(names)}', lambda v: v in names
-def _at_least(least): return f'at least {least}', lambda v: v>=least
+def _one_of(*names)->tuple[str,Callable]: return f'one of {", ".join(names)}', lambda v: v in names
+def _at_least(least)->tuple[str,Callable]: return f'at least {least}', lambda v: v>=least
+def _at_most(most)->tuple[str,Callable]: return f'at most {most}', lambda v: v<=most
+_counts = ('max_steps','batch_size','gradient_accumulation_steps','num_inference_steps','grad_steps','lv_samples','reward_batch_size',
+           'checkpoint_every','keep_checkpoints','sample_every','sample_seeds','patience')
+_amounts = ('learning_rate','max_grad_norm','target_kl','drift','kl_coeff','weight_decay','guidance_scale')
+_schedules = [t.value for t in SchedulerType if t is not SchedulerType.PIECEWISE_CONSTANT] # that one needs rules of its own
+_trackers = ('none','no', *(t.value for t in LoggerType))
 _rules = [
-    *[(n, *_at_least(1)) for n in ('max_steps','batch_size','gradient_accumulation_steps','num_inference_steps','grad_steps','lv_samples','reward_batch_size',
-                                   'checkpoint_every','keep_checkpoints','sample_every','sample_seeds','patience')],
+    *[(n, *_at_least(1)) for n in _counts],
     *[(n, *_at_least(0)) for n in ('kl_coeff','lr_warmup_steps','weight_decay','guidance_scale')],
     *[(n, 'greater than 0', lambda v: v>0) for n in ('learning_rate','max_grad_norm','target_kl','drift')],
     *[(n, 'in [0,1)', lambda v: 0<=v<1) for n in ('adam_beta1','adam_beta2','ema_decay')],
     ('eta', 'in [0,1]', lambda v: 0<=v<=1), ('diversity_floor', 'in [0,1]', lambda v: 0<=v<=1), ('stop_within', 'in (0,1]', lambda v: 0<v<=1), ('estimator', *_one_of(*estimators)),
     ('kl_reduction', *_one_of('sum','mean')), ('kl_on', *_one_of('guided','conditional')),
-    ('guidance_interval', 'two numbers, 0 <= low < high <= 1', lambda v: len(v)==2 and 0<=v[0]<v[1]<=1), ('prefix', *_one_of('network','merged','bfloat16')), ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
+    ('guidance_interval', 'two numbers, 0 <= low < high <= 1', lambda v: 0<=v[0]<v[1]<=1), ('prefix', *_one_of('network','merged','bfloat16')), ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
+    ('lr_scheduler', *_one_of(*_schedules)), ('log_with', *_one_of(*_trackers)),
+    ('output_dir', 'the path of a folder', lambda v: v!='' and '\0' not in v), ('seed', f'in 0..{2**32-1}', lambda v: 0<=v<2**32),
+    *[(n, *_at_most(2**31-1)) for n in (*_counts,'lr_warmup_steps')],
+    *[(n, *_at_most(LARGEST)) for n in _amounts],
 ]
+
+# %% ../nbs/30_train.ipynb #a4c20002
+_kinds = {int:'a whole number', float:'a finite number', bool:'True or False', str:'a text', tuple[str,...]:'texts', tuple[float,float]:'two numbers'}
+
+@cache
+def _strict()->type:
+    "The fields of `DRaFTConfig` as a pydantic model."
+    fields = {name:(kind,...) for name,kind in get_type_hints(DRaFTConfig).items()}
+    return create_model('Strict', __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
+
+def _python(value):
+    "The same value in Python's own types."
+    if isinstance(value, np.generic): return value.item()
+    if isinstance(value, np.ndarray): return tuple(value.tolist()) if value.ndim else value
+    return tuple(_python(v) for v in value) if isinstance(value, (list,tuple)) else value
+
+# %% ../nbs/30_train.ipynb #a4c20003
+def _rule_of(name:str)->str:
+    "What a field must be."
+    hint = get_type_hints(DRaFTConfig)[name]
+    kind = hint if hint in _kinds else get_args(hint)[0] # without None
+    ranges = [rule for field,rule,_ in _rules if field==name]
+    if kind in (int,float) and ranges: return f'{_kinds[kind]}, {ranges[0]}'
+    return ranges[0] if ranges else _kinds[kind]
+
+def _typed(config:DRaFTConfig)->dict[str,object]:
+    "The values of a configuration in the types of its fields, or a ValueError that names the first that is of another."
+    given = {name:_python(value) for name,value in vars(config).items()}
+    given['sample_prompts'] = tuple(texts('sample_prompts', given['sample_prompts']))
+    if isinstance(given['output_dir'], os.PathLike): given['output_dir'] = os.fspath(given['output_dir'])
+    try: return dict(_strict().model_validate(given))
+    except ValidationError as e: name = e.errors()[0]['loc'][0]
+    raise ValueError(f'{name} must be {_rule_of(name)}; got {getattr(config, name)!r}')
 
 # %% ../nbs/30_train.ipynb #380a4ac3
 def resolve(
