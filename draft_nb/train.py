@@ -47,7 +47,7 @@ from .estimators import estimators, parse_estimator
 from .kl import gaussian_kl
 from .metrics import contrast, diversity, saturation
 from .sampler import count_steps, denoise, sample
-from .values import LARGEST, texts
+from .values import LARGEST, number, texts, whole_number
 
 # %% ../nbs/30_train.ipynb #18a15937
 @dataclass(frozen=True)
@@ -245,9 +245,10 @@ def draft_loss(
     reward_batch_size:int|None=None, # Pictures that are decoded and scored at a time, see `score_latents`; by default all
 )->tuple[Tensor,dict[str,Tensor]]: # The loss to minimise; reward (B,), kl, images (B,3,H,W) and parts (of a combined reward, by name), all detached
     "DRaFT+ on one batch: kl_coeff * KL - mean reward."
+    kl_coeff = number('kl_coeff', kl_coeff, 'a finite number, at least 0', lambda v: v>=0)
+    steps = model.steps if num_inference_steps is None else whole_number('num_inference_steps', num_inference_steps)
     predict = model.denoiser(model.encode(prompts), guidance_scale, **{k:v for k,v in dict(guidance_interval=guidance_interval, plain=plain).items() if v is not None})
     noise = model.latents(len(prompts), generator=generator)
-    steps = num_inference_steps or model.steps
     schedule = model.timesteps_kwargs(noise, steps)
     T = count_steps(model.scheduler, steps, **schedule)
     plan = parse_estimator(estimator, grad_steps, lv_samples, stop_within)(T, draws or generator)
@@ -274,7 +275,7 @@ def evaluate(
     chunk:int=32,                # Pictures in a batch
 )->tuple[dict[str,float],Tensor,Tensor]: # Means; pictures (P,S,3,H,W); rewards (P,S)
     "Reward, judge and diversity on fixed prompts and seeds."
-    rows = [(p,s) for p in prompts for s in range(seeds)]
+    rows = [(p,s) for p in prompts for s in range(whole_number('seeds', seeds))]
     images = torch.cat([sample(model, [p for p,_ in rows[k:k+chunk]], weight=weight, steps=steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
                                seed=[s for _,s in rows[k:k+chunk]]).images for k in range(0, len(rows), chunk)])
     texts = [p for p,_ in rows]
