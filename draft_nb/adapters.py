@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'WEIGHT_KEY', 'NOT_LORA', 'lora_layers', 'base_adapters', 'tuned_adapters', 'the_tuned',
-           'keep_as_base', 'placed', 'check_adapters', 'add_lora', 'trainable', 'lora_state', 'base_of', 'switching',
-           'fusable', 'RowsReshaped', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge',
-           'lora_kind', 'lora_model', 'lora_parts', 'load_lora']
+           'keep_as_base', 'placed', 'check_adapters', 'check_lora', 'add_lora', 'trainable', 'lora_state', 'base_of',
+           'switching', 'fusable', 'RowsReshaped', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy',
+           'remerge', 'lora_kind', 'lora_model', 'lora_parts', 'load_lora']
 
 # %% ../nbs/11_adapters.ipynb #f62b6d7c
 import copy
@@ -29,6 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_map
+
+from .values import is_whole, noise_seed, number, texts, whole_number
 
 # %% ../nbs/11_adapters.ipynb #d5e91571
 def lora_layers(
@@ -99,6 +101,18 @@ def check_adapters(
 # %% ../nbs/11_adapters.ipynb #a90cdaeb
 LORA_TARGETS = ['to_q', 'to_k', 'to_v', 'to_out.0', 'ff.net.0.proj', 'ff.net.2']
 
+def check_lora(
+    rank:int, alpha:float|None, targets:list[str]|None, rslora:bool, dora:bool, seed:int, # See `add_lora`
+)->None:
+    "Refuse numbers that are none, and names that are none."
+    if is_whole(rank) and rank<1: raise ValueError(f"rank must be at least 1; got {rank}")
+    whole_number("rank", rank)
+    if alpha is not None: number("alpha", alpha, "a finite number, greater than 0", lambda v: v>0)
+    if targets is not None: texts("targets", targets)
+    for name,value in dict(rslora=rslora, dora=dora).items():
+        if not isinstance(value, bool): raise ValueError(f"{name} must be True or False; got {value!r}")
+    noise_seed("seed", seed)
+
 def add_lora(
     network:nn.Module,        # A diffusers denoiser; changed in place
     rank:int=32,              # Rank r of every adapter
@@ -110,7 +124,8 @@ def add_lora(
     name:str='default',       # Name of the adapter
 )->None:
     "Put a trainable LoRA on a network and freeze the rest (Hu et al. 2021, arXiv 2106.09685)."
-    if rank<1: raise ValueError(f"rank must be at least 1; got {rank}")
+    check_lora(rank, alpha, targets, rslora, dora, seed)
+    rank,alpha,targets = int(rank),None if alpha is None else float(alpha),texts("targets", targets)
     _check_free(network, name)
     if not any(n.endswith(tuple(targets)) for n,_ in network.named_modules()):
         raise ValueError(f"targets must name layers of {type(network).__name__}; none ends with any of {targets}")
@@ -126,7 +141,7 @@ def _inject(network:nn.Module, config:LoraConfig, name:str, seed:int=0)->None:
     acting = {l:[] if l.disable_adapters else list(l.active_adapters) for l in lora_layers(network)}
     carried = tuple(_configs(network))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         if 'add_adapter' in dir(network): network.add_adapter(config, name)
         else: inject_adapter_in_model(config, network, name)
     _activate(network, {l:[*acting.get(l, []),name] for l in lora_layers(network)})

@@ -9,6 +9,7 @@ __all__ = ['Weight', 'base', 'draft', 'linear', 'constant', 'power', 'step', 'ta
 # %% ../nbs/00_anneal.ipynb #29f9e41b
 from collections.abc import Callable, Sequence
 from math import isfinite
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -48,8 +49,9 @@ def _number(
     ok:Callable[[float], bool]=lambda v: True, # The rule itself
 )->float:
     "`value` as a finite float that obeys the rule, or a ValueError that says which rule it broke."
+    if isinstance(value, bool): raise ValueError(f"{rule}; got {value!r}")
     try: number = float(value)
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f"{rule}; got {value!r}") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError): raise ValueError(f"{rule}; got {value!r}") from None
     if not (isfinite(number) and ok(number)): raise ValueError(f"{rule}; got {value!r}")
     return number
 
@@ -91,7 +93,9 @@ def table(
     values:Sequence|Tensor, # T finite numbers, the noisiest step first
 )->Weight:                  # w(i, T) = values[i]
     "A weight read from a list, one number a step."
-    ws = [_number("every weight of a table must be a finite number", v) for v in values]
+    try: given = list(values)
+    except TypeError: raise ValueError(f"a table must hold one weight a step; got {values!r}") from None
+    ws = [_number("every weight of a table must be a finite number", v) for v in given]
     if not ws: raise ValueError("a table must hold one weight a step; got none")
     def weight(i, T):
         if T!=len(ws): raise ValueError(f"a table must hold one weight a step: T is {T}, the table has {len(ws)}")
@@ -124,8 +128,8 @@ def parse_weight(
     "The weight that `spec` means; a number is a constant, a sequence is a table."
     if callable(spec): return spec
     if isinstance(spec, str): return _parse_name(spec)
-    if isinstance(spec, (int,float)) or isinstance(spec, Tensor) and spec.ndim==0: return constant(spec)
-    if spec is None or isinstance(spec, (dict,set)): raise ValueError(f"a weight must be one of {_known}, a callable or a list; got {spec!r}")
+    if isinstance(spec, Real) and not isinstance(spec, bool) or isinstance(spec, Tensor) and spec.ndim==0: return constant(spec)
+    if spec is None or isinstance(spec, (bool,bytes,dict,set)): raise ValueError(f"a weight must be one of {_known}, a callable or a list; got {spec!r}")
     return table(spec)
 
 # %% ../nbs/00_anneal.ipynb #00c908f5
@@ -165,7 +169,7 @@ def weights_at(
     level:Callable[[int],tuple[float,float]]|None=None, # Step -> (alpha, sigma); asked by weights of the noise level alone
 )->list[float|Tensor]: # T weights, each a float or a (B,) tensor
     "The weights of all `T` steps, each checked to be finite."
-    if T<1: raise ValueError(f"T must be at least 1; got {T}")
+    if not isinstance(T, Integral) or isinstance(T, bool) or T<1: raise ValueError(f"T must be at least 1; got {T!r}")
     weight = parse_weight(weight)
     if isinstance(weight, _ByNoise) and level is not None: weight = weight.at([level(i) for i in range(T)])
     return [_checked(weight(i,T), i, T) for i in range(T)]
@@ -177,6 +181,7 @@ def _checked(
     T:int, # Number of steps
 )->float|Tensor: # A float, or a (B,) tensor
     "A weight's value, if it is one finite number or a `(B,)` tensor of them."
+    if isinstance(w, bool): return float(w) # a comparison, such as i/T > 0.5
     if not isinstance(w, Tensor) or w.ndim==0: return _number(f"the weight of step {i} of {T} must be a finite number", w)
     if w.ndim!=1: raise ValueError(f"the weight of step {i} of {T} must be a number or a (B,) tensor; got shape {tuple(w.shape)}")
     if not w.isfinite().all(): raise ValueError(f"the weights of step {i} of {T} must be finite; got {w.tolist()}")
@@ -190,6 +195,7 @@ def blend(
 )->Tensor:          # (B,...) in the dtype of `base`
     "The annealed prediction (1-w)·base + w·tuned; exactly `base` at 0 and `tuned` at 1."
     if base.shape!=tuned.shape: raise ValueError(f"base and tuned must have one shape; got {tuple(base.shape)} and {tuple(tuned.shape)}")
+    if not isinstance(w, Tensor): w = _number("w must be a finite number", w)
     w = torch.as_tensor(w, device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
     if w.ndim and w.shape!=base.shape[:1]: raise ValueError(f"w must be a number or one weight an image, ({len(base)},); got shape {tuple(w.shape)}")
     w = w.reshape(-1, *[1]*(base.ndim-1))
@@ -224,7 +230,7 @@ def refreshed(
     mix:Callable=blend, # (base, tuned, w) -> blend; another one where predictions are lists of tensors
 )->Callable:          # The same for one run: it remembers
     "`predict` that asks for both predictions at every `m`-th blended step only."
-    if not isinstance(m, int) or m<1: raise ValueError(f"refresh must be a whole number, at least 1; got {m!r}")
+    if not isinstance(m, Integral) or isinstance(m, bool) or m<1: raise ValueError(f"refresh must be a whole number, at least 1; got {m!r}")
     if m==1: return predict
     if "apart" not in dir(predict): raise ValueError("predict must have apart(x, t) -> (base, tuned) for refresh > 1; it has none")
     gap,age = None,m

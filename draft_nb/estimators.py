@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .values import is_number, is_whole
+
 # %% ../nbs/14_estimators.ipynb #c0f39850
 @dataclass(frozen=True)
 class Plan:
@@ -30,8 +32,8 @@ def _whole(
     least:int, # The smallest that is allowed
 )->int:
     "The value, if it is a whole number that is large enough."
-    if not isinstance(value, int) or value<least: raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
-    return value
+    if not is_whole(value) or value<least: raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
+    return int(value)
 
 # %% ../nbs/14_estimators.ipynb #d95c8249
 def last_k(
@@ -92,7 +94,7 @@ def _share(
     stop_within, # What was given
 )->float:
     "The share, if it is one."
-    if not 0<stop_within<=1: raise ValueError(f"stop_within must lie in (0,1], a share of the steps; got {stop_within!r}")
+    if not is_number(stop_within) or not 0<stop_within<=1: raise ValueError(f"stop_within must lie in (0,1], a share of the steps; got {stop_within!r}")
     return stop_within
 
 # %% ../nbs/14_estimators.ipynb #e88f76eb

@@ -19,6 +19,8 @@ def gaussian_kl(
     reduction:str="sum", # "sum" over the K steps, "mean" over them, or "none"
 )->Tensor:           # float32: a scalar, or (K,B) for "none"
     "The gap ‖eps - eps_base‖²/d, summed over the steps and averaged over the batch."
+    for name,value in (("eps", eps), ("eps_base", eps_base)):
+        if not isinstance(value, Tensor): raise ValueError(f"{name} must be a tensor (K,B,...); got {type(value).__name__}")
     if eps.shape!=eps_base.shape: raise ValueError(f"eps and eps_base must have one shape; got {tuple(eps.shape)} and {tuple(eps_base.shape)}")
     if eps.ndim<2: raise ValueError(f"eps must have shape (K,B,...); got {tuple(eps.shape)}")
     if reduction not in _reductions: raise ValueError(f"reduction must be one of {', '.join(_reductions)}; got {reduction!r}")
@@ -35,7 +37,7 @@ def transition_kl(
     "KL of two Gaussian steps with one variance, ‖mean - mean_base‖²/(2 sigma²)."
     if mean.shape!=mean_base.shape: raise ValueError(f"mean and mean_base must have one shape; got {tuple(mean.shape)} and {tuple(mean_base.shape)}")
     sigma = torch.as_tensor(sigma, dtype=torch.float32, device=mean.device)
-    if not (sigma>0).all(): raise ValueError(f"sigma must be positive, a deterministic step has no transition density; got {sigma.tolist()}")
+    if not ((sigma>0)&sigma.isfinite()).all(): raise ValueError(f"sigma must be positive and finite, a deterministic step has no transition density; got {sigma.tolist()}")
     return (mean.float()-mean_base.float()).square().flatten(1).sum(1) / (2*sigma**2)
 
 # %% ../nbs/01_kl.ipynb #3c1c171f

@@ -20,6 +20,7 @@ from torch import Tensor
 from .kl import gaussian_kl
 from .rewards import Reward, check_images, clip_preprocess, load_reward
 from .sampler import denoise
+from .values import is_number, is_whole, noise_seed, texts, whole_number
 
 # %% ../nbs/21_metrics.ipynb #524352a9
 def _check_sets(
@@ -226,7 +227,7 @@ def overlap(
     "k-NN precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem et al. 2020, arXiv 2002.09797)."
     tuned,base = _check_pair(tuned, base, 2)
     m,n = len(tuned),len(base)
-    if not isinstance(k, int) or not 1<=k<min(m,n): raise ValueError(f'k must lie in 1..{min(m,n)-1}, below the number of samples; got {k!r}')
+    if not is_whole(k) or not 1<=k<min(m,n): raise ValueError(f'k must lie in 1..{min(m,n)-1}, below the number of samples; got {k!r}')
     apart = torch.cdist(base, tuned, compute_mode='donot_use_mm_for_euclid_dist')
     inside = apart<=_radius(base, k)[:,None] # (N,M): tuned sample j in the ball of base sample i
     return dict(precision=inside.any(0).double().mean().item(), recall=(apart<=_radius(tuned, k)).any(1).double().mean().item(),
@@ -265,11 +266,13 @@ def drift(
 )->Tensor:                 # (T,B) from 0, each step's ‖eps - eps_base‖²/d; smaller is closer to the base, 0 for weight 0
     "KL between tuned and base at each step of the tuned trajectory, in noise space (DRaFT+; see `gaussian_kl`)."
     if not model.has_base: raise ValueError(f'model must carry an adapter, so that there is a base to drift from; {model.name} carries none')
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not isinstance(seed, int) and len(seed)!=len(prompts): raise ValueError(f'seed must be a number or one a prompt, {len(prompts)}; got {len(seed)}')
-    noise = torch.Generator().manual_seed(seed) if isinstance(seed, int) else [torch.Generator().manual_seed(s) for s in seed]
+    prompts = texts('prompts', prompts)
+    several = isinstance(seed, Sequence) and not isinstance(seed, str)
+    if several and len(seed)!=len(prompts): raise ValueError(f'seed must be a number or one a prompt, {len(prompts)}; got {len(seed)}')
+    noise = [torch.Generator().manual_seed(noise_seed('seed', s)) for s in seed] if several else torch.Generator().manual_seed(noise_seed('seed', seed))
+    steps = model.steps if steps is None else whole_number('steps', steps)
     predict = model.denoiser(model.encode(prompts), guidance_scale=guidance_scale)
-    x,steps = model.latents(len(prompts), generator=noise),steps or model.steps
+    x = model.latents(len(prompts), generator=noise)
     states = denoise(predict, x, model.scheduler, steps=steps, weight=weight, generator=noise, **model.timesteps_kwargs(x, steps))
     def gap(s):
         s = replace(s, compared_base=predict(s.model_input, s.t, 0.))
@@ -295,7 +298,8 @@ def interval(
     seed:int=0,
 )->tuple[float,float]: # Lower and upper end
     "Bootstrap interval of the mean over prompts (Efron 1979)."
-    if not 0<level<1: raise ValueError(f'level must lie between 0 and 1; got {level}')
+    if not is_number(level) or not 0<level<1: raise ValueError(f'level must lie between 0 and 1; got {level!r}')
+    resamples,seed = whole_number('resamples', resamples),noise_seed('seed', seed)
     x = _by_prompt(values, 'values')
     picks = torch.randint(len(x), (resamples,len(x)), generator=torch.Generator().manual_seed(seed))
     low,high = torch.quantile(x[picks].mean(1), torch.tensor([(1-level)/2, (1+level)/2], dtype=x.dtype)).tolist()

@@ -12,7 +12,7 @@ __all__ = ['JOINT_TARGETS', 'FAMILIES', 'TEXT_ENCODER', 'clamp_unit', 'Denoiser'
 # %% ../nbs/12_models.ipynb #679d9a22
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -31,8 +31,32 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import LORA_TARGETS, WEIGHT_KEY, add_lora, base_of, check_adapters, fusable, keep_as_base, load_lora, lora_kind, lora_layers, lora_rows, lora_state, placed, plain_copy, recommend, recommended, remerge, the_tuned, trainable, tuned_adapters, unfreeze
+from draft_nb.adapters import (
+    LORA_TARGETS,
+    WEIGHT_KEY,
+    add_lora,
+    base_of,
+    check_adapters,
+    check_lora,
+    fusable,
+    keep_as_base,
+    load_lora,
+    lora_kind,
+    lora_layers,
+    lora_rows,
+    lora_state,
+    placed,
+    plain_copy,
+    recommend,
+    recommended,
+    remerge,
+    the_tuned,
+    trainable,
+    tuned_adapters,
+    unfreeze,
+)
 from .anneal import blend, everywhere, weight_name
+from .values import is_number, is_whole, number
 
 # %% ../nbs/12_models.ipynb #d336afeb
 class _ClampUnit(torch.autograd.Function):
@@ -129,6 +153,7 @@ class Denoiser(_Asked):
         return tuple(torch.cat(o) for o in zip(*asked))
 
     def _check_weight(self, w:float|Tensor)->None:
+        if not isinstance(w, Tensor) and not is_number(w): raise ValueError(f'weight must be a finite number or a (B,) tensor; got {w!r}')
         if not (everywhere(w, 0) or self.model.has_base): raise ValueError(f'weight must be 0 or 1 for {self.model.name}, which carries no adapter to blend with its base; got {w}')
         if torch.is_grad_enabled() and not everywhere(w, 1) and self.model.network.is_gradient_checkpointing:
             raise ValueError(f'weight must be 1 where gradients flow through a network with gradient checkpointing: its second forward pass would see another adapter; got {w}')
@@ -230,7 +255,7 @@ def latents(self:Model,
     "Noise to start from."
     scale,(c,h,w) = self.pipe.vae_scale_factor,self.latent_shape
     for name,size in dict(height=height, width=width).items():
-        if size is not None and (size<1 or size%(scale*self.patch)): raise ValueError(f'{name} must be a multiple of {scale*self.patch}; got {size}')
+        if size is not None and (not is_whole(size) or size<1 or size%(scale*self.patch)): raise ValueError(f'{name} must be a multiple of {scale*self.patch}; got {size!r}')
     shape = n,c,(height//scale if height else h),(width//scale if width else w)
     return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
 Model.latents = latents
@@ -258,8 +283,10 @@ def check_interval(
 )->tuple[float,float]: # (0,1) for None
     "Two noise levels, or a ValueError."
     if interval is None: return 0.,1.
-    if len(interval)!=2 or not 0<=interval[0]<interval[1]<=1: raise ValueError(f'guidance_interval must be two numbers, 0 <= low < high <= 1; got {interval!r}')
-    return tuple(map(float, interval))
+    given = list(interval) if isinstance(interval, Iterable) else []
+    if len(given)!=2 or not all(map(is_number, given)) or not 0<=given[0]<given[1]<=1:
+        raise ValueError(f'guidance_interval must be two numbers, 0 <= low < high <= 1; got {interval!r}')
+    return float(given[0]),float(given[1])
 
 def denoiser(self:Model,
     cond:dict[str,Tensor],            # From `encode`
@@ -269,7 +296,8 @@ def denoiser(self:Model,
     plain:nn.Module|None=None,        # Answers for the tuned model where no gradient is asked for, see `plain_copy`
 )->Denoiser:
     "The callable that samplers ask."
-    return Denoiser(self, cond, self.guidance_scale if guidance_scale is None else guidance_scale, check_interval(guidance_interval), fused, plain)
+    scale = self.guidance_scale if guidance_scale is None else number('guidance_scale', guidance_scale, 'a finite number, at least 0', lambda v: v>=0)
+    return Denoiser(self, cond, scale, check_interval(guidance_interval), fused, plain)
 Model.denoiser = denoiser
 
 # %% ../nbs/12_models.ipynb #1b801f56
@@ -558,6 +586,9 @@ def load(
     base_device:str|torch.device|None=None, base_dtype:torch.dtype|None=None, # Of the base's copy where the whole network learns, see `unfreeze`
 )->Model:
     "A model with its adapter in place, ready to sample and to train."
+    check_lora(32 if rank is None else rank, alpha, targets, rslora, dora, seed)
+    for option,value in dict(dtype=dtype, base_dtype=base_dtype).items():
+        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point): raise ValueError(f'{option} must be a floating point type of torch; got {value!r}')
     device = check_device(device)
     dtype = dtype or (torch.float32 if device.type=='cpu' or adapter=='full' else torch.bfloat16)
     pipe = _pipeline(source, config, dtype)
@@ -589,7 +620,7 @@ def attach(
     if not placed(model.network):
         for part in parts.values(): keep_as_base(part)
     name = _free_name(parts)
-    if adapter=='lora': add_lora(model.network, rank, alpha, targets=list(targets or model.lora_targets), rslora=rslora, dora=dora, seed=seed, name=name)
+    if adapter=='lora': add_lora(model.network, rank, alpha, targets=model.lora_targets if targets is None else targets, rslora=rslora, dora=dora, seed=seed, name=name)
     elif adapter=='full': model.frozen = unfreeze(model.network, device=base_device and check_device(base_device), dtype=base_dtype)
     elif adapter is not None: _load_lora(model, Path(adapter), name)
     if model.training.get('prefix')=='merged' and not fusable(model.network): model.training = {**model.training, 'prefix':'network'}

@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .values import is_whole
+
 # %% ../nbs/20_rewards.ipynb #dfee8dfe
 @dataclass(frozen=True)
 class Reward:
@@ -97,6 +99,7 @@ def check_images(
     if odd:=[p for p in prompts if not isinstance(p, str)]: raise ValueError(f'prompts must be texts; got {odd[0]!r}')
     if not images.numel(): raise ValueError(f'images must have pixels; got {_shape(images)}')
     low,high = images.detach().aminmax()
+    if low.isnan(): raise ValueError(f'images must be finite; got NaN in {int(images.isnan().flatten(1).any(1).sum())} of {len(images)} images')
     if not (low>=-.01 and high<=1.01): raise ValueError(f'images must lie in [0,1]; got {low.item():.3g} to {high.item():.3g}')
 
 # %% ../nbs/20_rewards.ipynb #a80cc172
@@ -108,7 +111,7 @@ def quantisation(
     quality:int, # 1 to 100, as libjpeg counts
 )->tuple[Tensor,Tensor]: # (8,8) steps of luma and chroma
     "The tables of JPEG (ITU T.81, annex K) at a quality."
-    if not 1<=quality<=100: raise ValueError(f'quality must lie in 1..100; got {quality}')
+    if not is_whole(quality) or not 1<=quality<=100: raise ValueError(f'quality must lie in 1..100; got {quality!r}')
     scale = 200-2*quality if quality>=50 else 5000/quality
     return tuple(torch.tensor(t).mul(scale).add(50).div(100).floor().clamp(1,255).view(8,8) for t in (_luma,_chroma))
 
@@ -214,12 +217,15 @@ def freeze(
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return network
 
+def _check_chunk(chunk:int)->None:
+    if not is_whole(chunk) or chunk<1: raise ValueError(f'chunk must be at least 1; got {chunk!r}')
+
 def in_chunks(
     f:Callable[[Tensor],Tensor], # (B,3,H,W) -> (B,...)
     chunk:int,                   # Pictures in a forward pass
 )->Callable[[Tensor],Tensor]:
     "The same function, a few pictures at a time."
-    if chunk<1: raise ValueError(f'chunk must be at least 1; got {chunk}')
+    _check_chunk(chunk)
     return lambda images: torch.cat([f(part) for part in images.split(chunk)])
 
 def remember(
@@ -625,8 +631,8 @@ def as_reward(
     return f if isinstance(f, Reward) else Reward(getattr(f, '__name__', type(f).__name__), f, differentiable=getattr(f, 'differentiable', True))
 
 def _number(w, name:str)->float:
-    try: value = float(w)
-    except (TypeError, ValueError): value = math.nan
+    try: value = math.nan if isinstance(w, bool) else float(w)
+    except (TypeError, ValueError, OverflowError): value = math.nan
     if not math.isfinite(value): raise ValueError(f'a weight of a combination must be a number; got {w!r} for {name}')
     return value
 
@@ -654,7 +660,8 @@ def _stats(normalize, names:Sequence[str])->dict[str,tuple[float,float]]|None:
     if not isinstance(normalize, Mapping) or not set(names)<=set(normalize):
         raise ValueError(f"normalize must be 'base', or a mean and a deviation for each of {', '.join(names)}; got {normalize!r}")
     stats = {n:tuple(float(v) for v in normalize[n]) for n in names}
-    for n,(_,std) in stats.items():
+    for n,(mean,std) in stats.items():
+        if not math.isfinite(mean): raise ValueError(f'the mean of {n} must be finite to standardise by it; got {mean}')
         if not (std>0 and math.isfinite(std)): raise ValueError(f'the deviation of {n} must be greater than 0 to standardise by it; got {std}')
     return stats
 
@@ -717,7 +724,7 @@ def load_reward(
     "A reward, frozen and ready."
     if callable(spec): return as_reward(spec)
     options = dict(device=device or ('cuda' if torch.cuda.is_available() else 'cpu'), dtype=dtype or torch.float32, checkpointing=checkpointing, chunk=chunk)
-    if chunk<1: raise ValueError(f'chunk must be at least 1; got {chunk}')
+    _check_chunk(chunk)
     terms = parse_reward(str(spec))
     if path is not None and len(terms)>1: raise ValueError(f'path must belong to a single reward; in a combination write name@path; got {spec!r}')
     loaded = {key:_one(key[0], key[1] or path, **options) for key in dict.fromkeys(t[1:] for t in terms)}

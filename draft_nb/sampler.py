@@ -8,7 +8,7 @@ __all__ = ['single_step', 'prediction_kind', 'noise_level', 'State', 'check_sign
 
 # %% ../nbs/10_sampler.ipynb #664f8efb
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .anneal import parse_weight, refreshed, weight_name, weights_at
 from .kl import to_epsilon, to_x0
+from .values import is_number, is_whole, noise_seed, number, texts, whole_number
 
 # %% ../nbs/10_sampler.ipynb #a8838023
 _kind_of = {"epsilon":"epsilon", "v_prediction":"v_prediction", "sample":"sample", "original_sample":"sample", "flow_prediction":"flow"}
@@ -109,7 +110,7 @@ def _scheduled(
     first:int=0, # The step it will be asked for first
 ):             # A copy, at that step
     "A copy of the scheduler with its timesteps set."
-    if not isinstance(steps, int) or steps<1: raise ValueError(f"steps must be a whole number, at least 1; got {steps!r}")
+    steps = whole_number("steps", steps)
     own = deepcopy(scheduler)
     if not {"timesteps", "sigmas"} & timesteps_kwargs.keys(): timesteps_kwargs = {"num_inference_steps":steps, **timesteps_kwargs}
     own.set_timesteps(device=device, **timesteps_kwargs)
@@ -138,10 +139,10 @@ def _gradient_steps(
 )->frozenset[int]: # Which
     "The steps that carry gradient; a K or a step that is not there, and a solver with a history, are refused."
     if isinstance(grad_steps, (list, tuple, range, set, frozenset)):
-        if not all(isinstance(o, int) and 0<=o<run for o in grad_steps): raise ValueError(f"grad_steps must hold steps in 0..{run-1}, those that are run; got {grad_steps!r}")
+        if not all(is_whole(o) and 0<=o<run for o in grad_steps): raise ValueError(f"grad_steps must hold steps in 0..{run-1}, those that are run; got {grad_steps!r}")
         chosen = frozenset(grad_steps)
     else:
-        if not isinstance(grad_steps, int) or not 0<=grad_steps<=run: raise ValueError(f"grad_steps must lie in 0..{run} (the number of denoising steps); got {grad_steps!r}")
+        if not is_whole(grad_steps) or not 0<=grad_steps<=run: raise ValueError(f"grad_steps must lie in 0..{run} (the number of denoising steps); got {grad_steps!r}")
         chosen = frozenset(range(run-grad_steps, run))
     name = type(scheduler).__name__
     first_order = name=="DPMSolverMultistepScheduler" and scheduler.config.solver_order==1
@@ -156,7 +157,7 @@ def _steps_run(
 )->int:            # How many are run
     "`stop`, or all."
     if stop is None: return T
-    if not isinstance(stop, int) or not 1<=stop<=T: raise ValueError(f"stop must lie in 1..{T} (the number of denoising steps); got {stop!r}")
+    if not is_whole(stop) or not 1<=stop<=T: raise ValueError(f"stop must lie in 1..{T} (the number of denoising steps); got {stop!r}")
     return stop
 
 # %% ../nbs/10_sampler.ipynb #43c876bb
@@ -179,7 +180,7 @@ def _step_options(
 )->dict:       # What `step` takes of the two
     "The keywords for the scheduler's `step`."
     name,takes = type(scheduler).__name__, inspect.signature(scheduler.step).parameters
-    if not 0<=eta<=1: raise ValueError(f"eta must lie in [0,1], from no noise to that of DDPM; got {eta}")
+    if not is_number(eta) or not 0<=eta<=1: raise ValueError(f"eta must lie in [0,1], from no noise to that of DDPM; got {eta!r}")
     if eta and "eta" not in takes: raise ValueError(f"eta must be 0 for {name}, whose step takes none; got {eta}")
     if eta and generator is None: raise ValueError(f"generator must be given if eta > 0: noise is drawn from it; got None at eta={eta}")
     return {k:v for k,v in dict(eta=eta, generator=generator).items() if k in takes}
@@ -304,7 +305,7 @@ def denoise(
     options = _step_options(own, eta, generator)
     if generator is None and _draws_noise(_scheduled(scheduler, steps, "cpu", timesteps_kwargs), x.ndim):
         raise ValueError(f"generator must be given for {type(own).__name__}, which draws noise at each step; got None")
-    if not isinstance(renoise, int) or renoise<0: raise ValueError(f"renoise must be a whole number, at least 0; got {renoise!r}")
+    if not is_whole(renoise) or renoise<0: raise ValueError(f"renoise must be a whole number, at least 0; got {renoise!r}")
     if renoise and generator is None: raise ValueError(f"generator must be given if renoise > 0: noise is drawn from it; got None at renoise={renoise}")
     weights = [_fit_weight(w, x) for w in weights_at(weight, len(own.timesteps), lambda i: noise_level(own, i))]
     x = x.detach()*getattr(own, "init_noise_sigma", 1.)
@@ -372,6 +373,14 @@ class Samples:
     def __repr__(self): return f"Samples({len(self.images)} of {tuple(self.images.shape[1:])}, weight={self.weight!r}, seed={self.seed})"
 
 # %% ../nbs/10_sampler.ipynb #d2a84610
+def _seeds(
+    seed:int|Sequence[int], # As the user gave it
+)->int|tuple[int,...]:
+    "One seed, or a tuple of them, each a whole number that names its noise."
+    if isinstance(seed, Tensor): seed = seed.tolist()
+    if isinstance(seed, Iterable) and not isinstance(seed, str): return tuple(noise_seed("seed", o) for o in seed)
+    return noise_seed("seed", seed)
+
 def _noise(
     model,    # Has latents(n, generator=...)
     n:int,    # Number of pictures
@@ -379,12 +388,12 @@ def _noise(
     size:dict, # height and width, where given
 )->tuple[Tensor, torch.Generator|list]: # (n,C,H,W) and what noise is drawn from next
     "Starting noise and the generators it came from."
+    seed = _seeds(seed)
     if isinstance(seed, int):
         generator = torch.Generator().manual_seed(seed)
         return model.latents(n, generator=generator, **size), generator
-    seeds = [int(o) for o in seed]
-    if len(seeds)!=n: raise ValueError(f"seed must be a number or one a picture, {n} (prompts x num_images); got {len(seeds)}")
-    generators = [torch.Generator().manual_seed(o) for o in seeds]
+    if len(seed)!=n: raise ValueError(f"seed must be a number or one a picture, {n} (prompts x num_images); got {len(seed)}")
+    generators = [torch.Generator().manual_seed(o) for o in seed]
     return torch.cat([model.latents(1, generator=o, **size) for o in generators]), generators
 
 # %% ../nbs/10_sampler.ipynb #23c37a32
@@ -393,14 +402,19 @@ def _repeated(
     num_images:int,            # Pictures a prompt
 )->list[str]:
     "The prompts, each repeated for its pictures; or why not."
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = texts("prompts", prompts)
     if not prompts: raise ValueError("prompts must hold at least one prompt; got none")
-    for o in prompts:
-        if not isinstance(o, str): raise ValueError(f"prompts must be strings; got {o!r}")
-    if not isinstance(num_images, int) or num_images<1: raise ValueError(f"num_images must be a whole number, at least 1; got {num_images!r}")
+    num_images = whole_number("num_images", num_images)
     return [o for o in prompts for _ in range(num_images)]
 
 # %% ../nbs/10_sampler.ipynb #aadd4813
+def _check_options(
+    steps:int|None, guidance_scale:float|None, # As for `sample`
+)->None:
+    "Refuse numbers that are none before any prompt is encoded."
+    if steps is not None: whole_number("steps", steps)
+    if guidance_scale is not None: number("guidance_scale", guidance_scale, "a finite number, at least 0", lambda v: v>=0)
+
 def _weight_of(
     model,  # May bring a recommended weight
     weight, # Anything that `parse_weight` takes, or "recommended"
@@ -428,15 +442,16 @@ def sample(
 )->Samples:
     "Pictures for prompts, without gradient; the same seed gives the same noise for every weight."
     prompts,weight = _repeated(prompts, num_images), _weight_of(model, weight)
+    _check_options(steps, guidance_scale)
     size = {k:v for k,v in dict(height=height, width=width).items() if v is not None}
     x,generator = _noise(model, len(prompts), seed, size)
     x = _denoised(model, prompts, x, lambda predict: refreshed(predict, refresh), weight, steps, guidance_scale, eta, generator, progress, fused=fused, guidance_interval=guidance_interval)
-    return Samples(model.decode(x).float().cpu(), x.cpu(), prompts, weight_name(weight), seed if isinstance(seed, int) else tuple(seed))
+    return Samples(model.decode(x).float().cpu(), x.cpu(), prompts, weight_name(weight), _seeds(seed))
 
 # %% ../nbs/10_sampler.ipynb #2c24e828
 def _denoised(model, prompts:list[str], x:Tensor, wrap:Callable, weight, steps, guidance_scale, eta, generator, progress, *, fused=True, guidance_interval=None)->Tensor:
     "The last latents."
-    steps = model.steps if steps is None else steps
+    steps = model.steps if steps is None else whole_number("steps", steps)
     options = ({} if fused else dict(fused=False))|({} if guidance_interval is None else dict(guidance_interval=guidance_interval))
     predict = wrap(model.denoiser(model.encode(prompts), guidance_scale=model.guidance_scale if guidance_scale is None else guidance_scale, **options))
     states = denoise(predict, x, model.scheduler, steps=steps, weight=weight, eta=eta, generator=generator, **model.timesteps_kwargs(x, steps))
@@ -487,8 +502,9 @@ def sample_each(
 )->list[Samples]:      # One for each weight
     "The same noise under several weights, as one batch."
     if isinstance(weights, str) or not len(weights): raise ValueError(f"weights must be a list of at least one weight; got {weights!r}")
-    texts,weights = _repeated(prompts, num_images),[_weight_of(model, w) for w in weights]
-    n,size = len(texts),{k:v for k,v in dict(height=height, width=width).items() if v is not None}
+    prompts,weights = _repeated(prompts, num_images),[_weight_of(model, w) for w in weights]
+    _check_options(steps, guidance_scale)
+    n,size = len(prompts),{k:v for k,v in dict(height=height, width=width).items() if v is not None}
     x,generator = _noise(model, n, seed, size)
     steps = model.steps if steps is None else steps
     own = _scheduled(model.scheduler, steps, "cpu", model.timesteps_kwargs(x, steps))
@@ -496,5 +512,5 @@ def sample_each(
     table = [torch.cat([torch.as_tensor(w, dtype=torch.float64).expand(n) for w in ws]) for ws in zip(*values)]
     agreed = iter(_agreed(values, n))
     def shared(predict): return (lambda x, t, w=1.: predict(x, t, w, next(agreed).to(x.device))) if share else predict
-    x = _denoised(model, texts*len(weights), x.repeat(len(weights), *[1]*(x.ndim-1)), shared, lambda i, T: table[i], steps, guidance_scale, eta, _copies(generator, len(weights)), progress, fused=fused, guidance_interval=guidance_interval)
-    return [Samples(model.decode(o).float().cpu(), o.cpu(), texts, weight_name(w), seed if isinstance(seed, int) else tuple(seed)) for o,w in zip(x.split(n), weights)]
+    x = _denoised(model, prompts*len(weights), x.repeat(len(weights), *[1]*(x.ndim-1)), shared, lambda i, T: table[i], steps, guidance_scale, eta, _copies(generator, len(weights)), progress, fused=fused, guidance_interval=guidance_interval)
+    return [Samples(model.decode(o).float().cpu(), o.cpu(), prompts, weight_name(w), _seeds(seed)) for o,w in zip(x.split(n), weights)]

@@ -14,7 +14,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from .models import check_prompts, load
 from .rewards import Reward, load_reward
 from .sampler import count_steps, sample_each
 from .train import write_aside
+from .values import is_number, is_whole, noise_seed, number, whole_number
 
 # %% ../nbs/32_sweep.ipynb #bf268e16
 def _scale_name(scale:float)->str: return f'scale_{scale:.10g}'
@@ -47,7 +48,7 @@ def _points(
     if isinstance(weights, str): raise ValueError(f'weights must be a list of weights; got {weights!r}')
     found = [(weight_name(w), parse_weight(w), 1.) for w in weights]
     for s in scales:
-        if not (isinstance(s, (int,float)) and math.isfinite(s) and s>0): raise ValueError(f'scales must be positive numbers; got {s!r}')
+        if not (is_number(s) and s>0): raise ValueError(f'scales must be positive numbers; got {s!r}')
         if s==1: raise ValueError("scales must differ from 1, which is the weight 'draft'; got 1")
         found.append((_scale_name(s), parse_weight('draft'), float(s)))
     if not found: raise ValueError('weights must hold at least one weight; got none')
@@ -57,7 +58,10 @@ def _points(
 
 def _seeds(seeds:int|Sequence[int])->list[int]:
     "The seeds; diversity needs two."
-    found = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
+    if isinstance(seeds, (Tensor,np.ndarray)): seeds = seeds.tolist()
+    several = isinstance(seeds, Iterable) and not isinstance(seeds, str)
+    if not several and not is_whole(seeds): raise ValueError(f'seeds must be a whole number, or a list of them; got {seeds!r}')
+    found = [noise_seed('seeds', s) for s in seeds] if several else list(range(seeds))
     if len(found)<2: raise ValueError(f'seeds must be at least 2, diversity is not defined for fewer; got {seeds!r}')
     if len({*found})<len(found): raise ValueError(f'seeds must differ from one another; got {seeds!r}')
     return found
@@ -106,6 +110,7 @@ def lora_scale(
     scale:float,          # 1 is the LoRA as it was trained, 0 the base
 )->Iterator[nn.Module]:   # The same network
     "Inside the block the LoRA acts so much stronger; afterwards it is as it was, also after an exception (DRaFT, arXiv 2309.17400, section 4.4)."
+    scale = number('scale', scale)
     tuned = tuned_adapters(network)
     layers = lora_layers(network, tuned)
     if not layers: raise ValueError(f'scales need a LoRA; {type(network).__name__} carries none')
@@ -276,7 +281,9 @@ def sweep(
 )->pd.DataFrame:                 # A row a picture: weight, scale, prompt, seed, the rewards (trained, judge, others), diversity, vendi, saturation, contrast
     "Every weight on the same noise, scored."
     prompts,points,seeds = _unlike(prompts),_points(weights, scales),_seeds(seeds)
-    if not isinstance(chunk, int) or chunk<1: raise ValueError(f'chunk must be a whole number, at least 1; got {chunk!r}')
+    whole_number('chunk', chunk)
+    if steps is not None: whole_number('steps', steps)
+    if guidance_scale is not None: number('guidance_scale', guidance_scale, 'a finite number, at least 0', lambda v: v>=0)
     if folder is not None: _check_names(weights)
     rewards = judged(rewards, judge, model.device)
     look,seen_by = _eyes(features, rewards, model.device)
@@ -423,7 +430,7 @@ def recommended_weight(
     keep:float=.5,      # Least share of the base's diversity
 )->str:                 # A weight's name; "base" if no other will do
     "The weight that `RULE` picks."
-    if not 0<=keep<=1: raise ValueError(f'keep must lie in [0,1]; got {keep}')
+    if not is_number(keep) or not 0<=keep<=1: raise ValueError(f'keep must lie in [0,1]; got {keep!r}')
     if judge not in means: raise ValueError(f'judge must be a column of the table; got {judge!r}')
     if not (means.weight=='base').any(): raise ValueError("weights must hold 'base', which the others are compared with; it is not there")
     if 'run' in means and means[means.weight!='base'].run.nunique()>1: raise ValueError('a recommendation is made for one run; the table holds several')
@@ -573,7 +580,8 @@ def at_equal_diversity(
     *, horizontal:str='diversity', level:float=.95, resamples:int=2000, seed:int=0,
 )->tuple[float,float,float]: # The curve's lead over the rival: mean, lower and upper end; NaN where the curve does not reach
     "How much more of a measure a curve offers at the rival's diversity; bootstrap over prompts, the curve read off anew in each resample."
-    parts = _per_prompt(table)
+    parts,resamples,seed = _per_prompt(table),whole_number('resamples', resamples),noise_seed('seed', seed)
+    if not is_number(level) or not 0<level<1: raise ValueError(f'level must lie between 0 and 1; got {level!r}')
     if unknown:={*curve,rival}-{*parts}: raise ValueError(f'curve and rival must be names of points, {", ".join(parts)}; got {", ".join(sorted(unknown))}')
     x,y = (np.stack([parts[n][c].to_numpy(float) for n in (*curve,rival)]) for c in (horizontal,measure)) # (points, prompts)
     def lead(x, y, **beyond):

@@ -113,7 +113,9 @@ def test_a_terminal_without_frames(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("max_step: 3", "unknown key 'max_step' in .*; did you mean 'max_steps'"), ("zzz: 3", "unknown key 'zzz' in [^;]*$"), ("config: x", "unknown key 'config'"),
-    ("- 3", "names and values"), ("a: [", "must be YAML"), ("run: {max_steps: 3}", "unknown key 'run'"), ("max_steps: {a: 3}", "max_steps must be a value"),
+    ("- 3", "names and values"), ("optimizer: on", "optimizer must be one of adamw, adamw8bit; got 'on'"), ("resume: maybe", "resume must be true or false"),
+    ("sample_prompts:\n- an emoji: a fox", "needs quotes"), ("sample_prompts: [a, null]", "must be a list of single values"), ("max_steps: 1\nmax-steps: 2", "max_steps is there twice"),
+    ("max_steps: 1:30", "--max_steps: no type matching"), ("max_steps: true", "--max_steps: no type matching"), ("kl_coeff: .inf", "--kl_coeff: no type matching"), ("a: [", "must be YAML"), ("run: {max_steps: 3}", "unknown key 'run'"), ("max_steps: {a: 3}", "max_steps must be a value"),
     ("max_steps: many", "--max_steps: no type matching"), ("eta: 3", r"eta must be in \[0,1\]; got 3.0"),
 ])
 def test_bad_yaml(tmp_path, capsys, text, message):
@@ -121,6 +123,62 @@ def test_bad_yaml(tmp_path, capsys, text, message):
     assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
     err = capsys.readouterr().err
     assert re.search(message, err.strip()) and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("log_with: no", dict(log_with="no")), ("mixed_precision: no", dict(mixed_precision="no")), ("resume: yes", dict(resume=True)), ("resume: off", dict(resume=False)),
+    ("gradient_checkpointing: no", dict(gradient_checkpointing=False)), ("sample_prompts: a fox", dict(sample_prompts=("a fox",))), ("sample_prompts: yes", dict(sample_prompts=("yes",))),
+    ("sample_prompts: [yes, no, 12:30, 2024-01-31, 1e3, ~x]", dict(sample_prompts=("yes", "no", "12:30", "2024-01-31", "1e3", "~x"))),
+    ("sample_prompts:\n- --max_steps=3\n- --resume\n- -a fox\n- a rose\nmax_steps: 7", dict(sample_prompts=("--max_steps=3", "--resume", "-a fox", "a rose"), max_steps=7, resume=False)),
+    ("sample_prompts: --resume", dict(sample_prompts=("--resume",), resume=False)), ("sample_prompts: []", dict(sample_prompts=())), ("output_dir: 2024-01-31", dict(output_dir="2024-01-31")),
+    ("guidance_interval: [0.1, 0.5]", dict(guidance_interval=(.1, .5))), ("max_steps: null", dict(max_steps=None)), ("", {}),
+])
+def test_yaml_says_what_is_written(tmp_path, monkeypatch, text, expected):
+    seen = []
+    monkeypatch.setitem(COMMANDS, "train", replace(COMMANDS["train"], work=seen.append))
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert {k: getattr(seen[0].run, k) for k in expected} == expected
+
+
+def test_a_runs_own_config_says_the_same_again(tmp_path):
+    import yaml
+    config = DRaFTConfig(sample_prompts=("no", "--resume", "-", "12:30", "null", "a: b", "# x", "'", "ünï"), log_with="no", guidance_interval=(.1, .5), gradient_checkpointing=False, ema_decay=.5)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(train._plain(config)))
+    assert parse_flags(train_flags(), read_config(tmp_path / "config.yaml", flag_types(train_flags()))).run == config
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--kl_coeff", "inf"], "kl_coeff must be a finite number, at least 0; got inf"), (["--learning_rate", "inf"], "learning_rate must be a finite number, greater than 0; got inf"),
+    (["--learning_rate", "nan"], "got nan"), (["--learning_rate", "1e300"], "learning_rate must be at most"), (["--alpha", "nan"], "alpha must be a finite number, greater than 0; got nan"),
+    (["--alpha", "0"], "alpha must be"), (["--rank", "0"], "rank must be at least 1; got 0"), (["--seed", "-1"], "seed must be in 0..4294967295; got -1"),
+    (["--max_steps", "2.5"], "--max_steps: no type matching"), (["--log_with", "paper"], "log_with must be one of none"), (["--lr_scheduler", "piecewise_constant"], "lr_scheduler must be one of linear"),
+    (["--reward", "nan*tiny"], "must be a number; got 'nan'"),
+])
+def test_numbers_that_are_none_are_refused(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *argv]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_comes_to_nothing_is_one_line_and_no_success(tmp_path, monkeypatch, capsys):
+    from draft_nb import rewards
+    def broken(*_, **__): return rewards.Reward("broken", lambda images, prompts: images.mean((1, 2, 3)) * (1 if len(images) == 1 else float("nan")))
+    monkeypatch.setattr(rewards, "load_reward", broken)
+    assert main(["train", *TINY, "--judge", "no", "--output_dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert "reward must be finite; broken gives nan for the base's pictures" in said.err.strip().splitlines()[-1] and not said.out
+
+
+def test_the_report_counts_what_was_skipped(tmp_path, capsys):
+    from draft_nb.cli import report
+    rows = [dict(step=k + 1, skipped=n) for k, n in enumerate((1, 2, 0, 1))]
+    report(train.Run(tmp_path, rows, dict(reward=1.), dict(reward=2.)), "tiny")
+    assert "3 of 4 steps were skipped" in capsys.readouterr().out
+    report(train.Run(tmp_path, rows[2:3], dict(reward=1.), dict(reward=2.)), "tiny")
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_ctrl_c_is_130_and_one_line(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 from draft_nb.models import load
 from draft_nb.rewards import Reward
 from draft_nb.sampler import sample
-from draft_nb.train import DRaFTConfig, check_run, deal, draft_loss, evaluate, fit, newest_checkpoint, read_history, resolve
+from draft_nb.train import DRaFTConfig, NotFinite, check_run, deal, draft_loss, evaluate, fit, newest_checkpoint, read_history, resolve, score_latents, skipped_steps
 
 PROMPTS = ["an emoji of a fox", "an emoji of a rose", "an emoji of a pizza", "a ghost"]
 
@@ -202,19 +203,104 @@ fit(load("tiny", rank=2), REWARD, PROMPTS, DRaFTConfig(**FAST, output_dir={str(t
     assert_close(killed.parameters(), whole.parameters(), atol=1e-5, rtol=0)  # another process
 
 
+def nan_when(bad):
+    "Colour, but NaN in the training steps and evaluations that `bad` names by their numbers: (step, None) or (None, evaluation), both from 1."
+    steps, looks = [], []
+    def score(images, prompts):
+        if len(images) == 1: return colour(images, prompts)  # what is tried before the run
+        seen = steps if images.requires_grad else looks
+        seen.append(1)
+        now = (len(steps), None) if seen is steps else (None, len(looks))
+        return colour(images, prompts) * (float("nan") if bad(*now) else 1)
+    return Reward("at times", score)
+
+
 def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path):
-    calls = []
-    def sometimes(images, prompts):
-        calls.append(1)
-        bad = torch.is_grad_enabled() and images.requires_grad and len(images) == 2
-        return colour(images, prompts) * (float("nan") if bad else 1)
     model = load("tiny", rank=2)
-    start = [p.detach().clone() for p in model.parameters()]
-    run = fit(model, Reward("sometimes", sometimes), PROMPTS, config(tmp_path, max_steps=3), progress=False)
+    start, same = [p.detach().clone() for p in model.parameters()], []
+    def look(_): same.append(all(torch.equal(p, q) for p, q in zip(model.parameters(), start)))
+    run = fit(model, nan_when(lambda step, look: step in (1, 2, 4)), PROMPTS, config(tmp_path, max_steps=4), on_step=look, progress=False)
+    assert [r["skipped"] for r in run.rows] == [1, 2, 0, 1] and skipped_steps(run.rows) == 3
+    assert same == [True, True, False, False]
+
+
+@pytest.mark.parametrize("max_steps, steps", [(12, "ten steps in a row"), (3, "all 3 steps"), (1, "the only step")])
+def test_a_reward_that_is_nan_for_good_is_no_success(tmp_path, max_steps, steps):
+    with pytest.raises(RuntimeError, match=rf"{steps} had a loss or gradient that is not finite \(reward is nan, loss is nan, grad_norm is nan\); no step before was kept"):
+        fit(load("tiny", rank=2), nan_when(lambda step, look: step is not None), PROMPTS, config(tmp_path, max_steps=max_steps), progress=False)
+    assert [r["skipped"] for r in read_history(tmp_path / "run")] == list(range(1, min(max_steps, 10) + 1))
+    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_run_that_ends_in_nan_says_where_its_last_good_state_is(tmp_path):
+    reward = nan_when(lambda step, look: step is not None and step > 2)
+    with pytest.raises(NotFinite, match=r"ten steps in a row .*; the last good state is .*step_000002.pt"):
+        fit(load("tiny", rank=2), reward, PROMPTS, config(tmp_path, max_steps=20, checkpoint_every=2), progress=False)
+
+
+@pytest.mark.parametrize("bad, message", [
+    (lambda step, look: (step or 0) > 1 or (look or 0) > 1, "at times gives nan for the last pictures; 2 of 3 steps were skipped"),
+    (lambda step, look: look is not None, "at times gives nan for the base's pictures"),
+])
+def test_an_evaluation_that_is_nan_is_no_success(tmp_path, bad, message):
+    with pytest.raises(NotFinite, match=message):
+        fit(load("tiny", rank=2), nan_when(bad), PROMPTS, config(tmp_path, max_steps=3, sample_prompts=PROMPTS[:1]), progress=False)
+    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("at_a_time", [None, 1])
+def test_pictures_that_are_nan_are_skipped_steps_and_are_called_so(tmp_path, at_a_time):
+    model = load("tiny", rank=2)
+    start, decode, calls = [p.detach().clone() for p in model.parameters()], model.decode, []
+    def broken(latents):
+        images = decode(latents)
+        calls.append(1)
+        return images * float("nan") if latents.requires_grad else images
+    model.decode = broken
+    with pytest.raises(NotFinite, match=r"ten steps in a row .* \(the pictures are NaN\)"):
+        fit(model, REWARD, PROMPTS, config(tmp_path, max_steps=12, reward_batch_size=at_a_time), progress=False)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
-    assert [r["skipped"] for r in run.rows] == [1, 2, 3]
-    with pytest.raises(RuntimeError, match="ten steps in a row"):
-        fit(load("tiny", rank=2), Reward("sometimes", sometimes), PROMPTS, config(tmp_path / "b", max_steps=12), progress=False)
+
+
+def test_one_picture_that_is_nan_spoils_its_own_score_alone(model):
+    decode = model.decode
+    def broken(latents):
+        images = decode(latents).clone()
+        images[1, :, 0, 0] = float("nan")
+        return images
+    latents = model.latents(2, generator=generator())
+    whole, _, _ = score_latents(model, REWARD, latents, PROMPTS[:2])
+    model.decode = broken
+    try: scores, images, _ = score_latents(model, REWARD, latents, PROMPTS[:2])
+    finally: del model.decode
+    assert torch.equal(scores[0], whole[0]) and scores[1].isnan() and images[1].isnan().any()
+
+
+def test_a_plain_function_is_a_reward(tmp_path):
+    named = fit(load("tiny", rank=2), Reward("colour", colour), PROMPTS, config(tmp_path / "a"), judge=Reward("judge", colour), progress=False)
+    plain = fit(load("tiny", rank=2), colour, PROMPTS, config(tmp_path / "b"), judge=lambda images, prompts: colour(images, prompts), progress=False)
+    def without_time(rows): return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    assert without_time(plain.rows) == without_time(named.rows) and plain.after["judge"] == plain.after["reward"]
+    assert yaml.safe_load((plain.folder / "config.yaml").read_text())["reward"] == "colour"
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(reward="tiny"), "reward must be a reward or a function of pictures and prompts, see load_reward; got 'tiny'"),
+    (dict(reward=lambda images: images), "reward must take pictures and prompts; <lambda> takes"),
+    (dict(reward=lambda i, p: colour(i, p).mean()), r"<lambda> must return one score an image, a tensor \(1,\); got \(\)"),
+    (dict(reward=lambda i, p: colour(i, p).tolist()), "<lambda> must return one score an image.*; got list"),
+    (dict(reward=lambda i, p: colour(i.detach(), p)), "reward must carry a gradient"),
+    (dict(judge="tiny-judge"), "judge must be a reward or a function"),
+    (dict(judge=lambda i, p: 3.), "must return one score an image"),
+    (dict(judge=lambda i, p: colour(i, p) * float("nan")), "judge must be finite"),
+    (dict(prompts=["a fox", None]), "prompts must be texts; got None"),
+    (dict(prompts=[]), "prompts must hold at least one text"),
+])
+def test_what_is_no_reward_is_refused_before_the_folder_is_made(tmp_path, options, message):
+    given = dict(reward=REWARD, prompts=PROMPTS, judge=None) | options
+    with pytest.raises(ValueError, match=message):
+        fit(load("tiny", rank=2), given["reward"], given["prompts"], config(tmp_path), judge=given["judge"], progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_prompt_once_an_epoch():
@@ -244,6 +330,50 @@ def test_evaluation_pairs_the_noise(model):
 def test_bad_configurations(options, message):
     with pytest.raises(ValueError, match=message):
         DRaFTConfig(**options)
+
+
+COUNTS = ["max_steps", "batch_size", "gradient_accumulation_steps", "num_inference_steps", "grad_steps", "lv_samples", "reward_batch_size", "checkpoint_every",
+          "keep_checkpoints", "sample_every", "sample_seeds", "patience", "lr_warmup_steps", "seed"]
+AMOUNTS = ["guidance_scale", "eta", "stop_within", "kl_coeff", "target_kl", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "ema_decay",
+           "diversity_floor", "drift"]
+WORDS = ["output_dir", "estimator", "kl_reduction", "kl_on", "lr_scheduler", "optimizer", "mixed_precision", "prefix", "log_with"]
+SWITCHES = ["gradient_checkpointing", "decoder_checkpointing", "vae_slicing", "offload_text_encoders", "sharded", "resume"]
+
+
+def test_every_field_is_checked():
+    from dataclasses import fields
+    assert {f.name for f in fields(DRaFTConfig)} == {*COUNTS, *AMOUNTS, *WORDS, *SWITCHES, "guidance_interval", "sample_prompts"}
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("names, values, rule", [
+    (COUNTS, [2.5, 2., True, False, "3", INF, NAN, [3], b"3", 1j], "must be a whole number"),
+    (COUNTS, [10**30, -1, -10**30], "must be"),
+    (AMOUNTS, [INF, -INF, NAN, True, "0.5", [.5], 1j, np.float32("nan"), 10**400], "must be a finite number"),
+    (AMOUNTS, [-1, 1e300], "must be"),
+    (WORDS, [True, False, 3, b"adamw", ["adamw"], ""], "must be"),
+    (SWITCHES, ["no", "false", 0, 1, 1., "x"], "must be True or False"),
+    (["guidance_interval"], [.5, "01", (.1,), (.1, .2, .3), (NAN, 1), (0, INF), (False, True), (.5, .1), ("0", "1"), (0, None)], "must be two numbers, 0 <= low < high <= 1"),
+    (["sample_prompts"], [None, 3, [3], [None], [["a"]], b"a fox", {"a": 1}, {"a", "b"}], "must be texts"),
+])
+def test_values_of_the_wrong_kind_are_refused_by_name(names, values, rule):
+    for name in names:
+        for value in values:
+            with pytest.raises(ValueError) as e: DRaFTConfig(**{name: value})
+            assert str(e.value).startswith(f"{name} {rule}") and "; got " in str(e.value), (name, value)
+            assert len(str(e.value).splitlines()) == 1
+
+
+def test_values_become_those_of_python():
+    from pathlib import Path
+    c = DRaFTConfig(max_steps=np.int64(3), learning_rate=np.float32(.5), kl_coeff=1, resume=np.bool_(True), sample_prompts=np.array(["a", "b"]), output_dir=Path("x") / "y",
+                    guidance_interval=[0, np.float64(.5)], optimizer=np.str_("adamw"), seed=np.uint32(2**32 - 1))
+    assert yaml.safe_load(yaml.safe_dump({k: list(v) if isinstance(v, tuple) else v for k, v in vars(c).items()}))["seed"] == 2**32 - 1
+    assert (c.max_steps, c.learning_rate, c.kl_coeff, c.resume, c.sample_prompts, c.output_dir, c.guidance_interval) == (3, .5, 1., True, ("a", "b"), "x/y", (0., .5))
+    assert [type(v) for v in (c.max_steps, c.learning_rate, c.kl_coeff, c.resume, c.optimizer, c.sample_prompts[0])] == [int, float, float, bool, str, str]
+    assert DRaFTConfig(sample_prompts="a fox").sample_prompts == ("a fox",)
 
 
 def test_a_full_disk_is_refused_before_any_work(tmp_path, monkeypatch):
