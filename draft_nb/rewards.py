@@ -9,7 +9,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'SOURCES', 'IMAGEREWARD_MEAN', 'IMAGEREWARD_
            'read_weights', 'fill', 'described', 'clip_tokens', 'sequence_first', 'open_clip_network', 'fill_open_clip',
            'local_clip', 'TransformersCLIP', 'score_head', 'aesthetic_reward', 'BlipScorer', 'imagereward_name',
            'bert_tokens', 'imagereward', 'as_reward', 'weighted', 'standardise', 'calibrate', 'parse_reward',
-           'load_reward', 'available']
+           'check_reward', 'load_reward', 'available']
 
 # %% ../nbs/20_rewards.ipynb #e1ea446f
 import json
@@ -705,6 +705,14 @@ def _term(sign:str, text:str)->tuple[float,str,str|None]:
     return -value if sign=='-' else value, name.strip(), path.strip() if at else None
 
 # %% ../nbs/20_rewards.ipynb #bea5f292
+def check_reward(
+    text:str, # A name or a combination, see `parse_reward`
+)->None:
+    "Refuse a name that no reward has; nothing is loaded."
+    for _,name,_ in parse_reward(text):
+        if not (name in KNOWN or name.startswith('clip:') or name and (Path(name)/'open_clip_config.json').is_file()):
+            raise ValueError(f'unknown reward {name!r}; known: {", ".join(KNOWN)}, or a folder in open_clip\'s format')
+
 def load_reward(
     spec:str|Callable, # A name of `KNOWN`, a combination like "0.7*pickscore - 0.1*jpeg", a CLIP folder, or a callable
     device:str|torch.device|None=None, # By default a GPU where there is one
