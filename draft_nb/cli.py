@@ -8,27 +8,34 @@ __all__ = ['COMMANDS', 'flag_types', 'nearest', 'parse_flags', 'read_config', 'c
            'Export', 'export', 'Bench', 'bench', 'Command', 'heard', 'one_line', 'verdict', 'main']
 
 # %% ../nbs/42_cli.ipynb #42f4f8a9
-import contextlib
-import difflib
-import errno
-import io
-import os
-import re
-import signal
-import socket
 import sys
-import tempfile
-import threading
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
-from itertools import dropwhile, takewhile
-from pathlib import Path
-from typing import get_type_hints
 
-import yaml
+try:
+    import contextlib
+    import difflib
+    import errno
+    import io
+    import logging
+    import os
+    import re
+    import signal
+    import socket
+    import tempfile
+    import threading
+    import traceback
+    import warnings
+    from collections.abc import Callable
+    from dataclasses import dataclass, fields, is_dataclass
+    from itertools import dropwhile, takewhile
+    from pathlib import Path
+    from typing import get_type_hints
 
-from .prompts import read_prompts
+    import yaml
+
+    from draft_nb.prompts import read_prompts
+except KeyboardInterrupt:
+    print('draft-nb: interrupted', file=sys.stderr)
+    raise SystemExit(130) from None
 
 # %% ../nbs/42_cli.ipynb #3bbffe9e
 def flag_types(
@@ -54,6 +61,7 @@ def parse_flags(
 ):                      # An instance
     "The flags as an instance of their dataclass; a ValueError of one line for what cannot be understood."
     import tyro
+    _check_words(cls, argv)
     said = io.StringIO()
     options = (tyro.conf.OmitArgPrefixes, *([tyro.conf.UseAppendAction] if repeated else []))
     try:
@@ -65,6 +73,15 @@ def parse_flags(
         if not word.startswith('--'): raise ValueError(f'unexpected word {word!r}')
         raise ValueError(f'unknown flag {word}'+nearest(word.partition('=')[0].replace('-', '_').replace('__', '--', 1), [f'--{k}' for k in flag_types(cls)]))
     return value
+
+def _check_words(cls:type, argv:list[str])->None:
+    "Refuse what the parser would pass over, or report under another name."
+    if '--' in argv: raise ValueError("unexpected word '--'")
+    switches = [k for k,t in flag_types(cls).items() if t is bool]
+    for word in argv:
+        flag,equals,value = word.partition('=')
+        name = flag.lstrip('-').replace('-', '_')
+        if equals and name in switches: raise ValueError(f'{name} must be --{name} or --no_{name}, without a value; got {value!r}')
 
 def _first_words(box:str)->str:
     "What a framed message says below its title, before it goes into details."
@@ -129,11 +146,12 @@ def said_of(
 
 # %% ../nbs/42_cli.ipynb #9c083956
 def quiet()->None:
-    "Errors only, and no bars, from the libraries underneath."
+    "No words and no bars from the libraries underneath; what goes wrong there is an exception."
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
     for log in diffusers_log,transformers_log:
-        log.set_verbosity_error(); log.disable_progress_bar()
+        log.set_verbosity(logging.CRITICAL)
+        log.disable_progress_bar()
 
 # %% ../nbs/42_cli.ipynb #7719f712
 def new_folder(
@@ -187,8 +205,10 @@ def train(
     if config.resume: about_run(Path(config.output_dir)), read_history(Path(config.output_dir))
     check_output('output_dir', config.output_dir)
     check_device(flags.device)
-    with said_of('base_device', known): check_device(flags.base_device)
+    with said_of('base_device', known, device='base_device'): check_device(flags.base_device)
     with said_of('reward', known): check_reward(flags.reward)
+    if flags.rank is not None and flags.adapter!='lora': raise ValueError(f"rank needs adapter 'lora', a new one; got {flags.rank} with {flags.adapter!r}")
+    if flags.targets is not None and not listed(flags.targets): raise ValueError(f'targets must name at least one layer; got {flags.targets!r}')
     if not flags.prompts and not tiny: raise ValueError(f'prompts must be given for {flags.model}: a file, for example one prompt a line')
     if flags.prompt_column and not flags.prompts: raise ValueError(f'prompt_column needs --prompts, a table; got {flags.prompt_column!r} alone')
     with said_of('prompts', known): prompts = read_prompts(flags.prompts or asset('prompts.txt'), flags.prompt_column)
@@ -198,7 +218,7 @@ def train(
     judge = flags.judge or ('tiny-judge' if tiny else 'none')
     if judge!='none':
         with said_of('judge', known): check_reward(judge)
-    with said_of('model', known): model = load(flags.model, adapter=flags.adapter, rank=flags.rank, alpha=flags.alpha, rslora=flags.rslora, dora=flags.dora, targets=listed(flags.targets) or None,
+    with said_of('model', known, config='model'): model = load(flags.model, adapter=flags.adapter, rank=flags.rank, alpha=flags.alpha, rslora=flags.rslora, dora=flags.dora, targets=listed(flags.targets) or None,
                  base_device=flags.base_device, base_dtype=_dtype('base_dtype', flags.base_dtype), dtype=_dtype('dtype', flags.dtype), device=flags.device)
     with said_of('reward', known): reward = load_reward(flags.reward, model.device, checkpointing=bool(config.gradient_checkpointing), normalize=flags.normalize)
     with said_of('judge', known): judge = None if judge=='none' else load_reward(judge, model.device)
@@ -279,7 +299,7 @@ def draw(
     quiet()
     from draft_nb.models import load
     from draft_nb.sampler import sample
-    with said_of('model', known, adapter='lora'): model = load(args.model, adapter=args.lora, device=args.device)
+    with said_of('model', known, adapter='lora', config='model'): model = load(args.model, adapter=args.lora, device=args.device)
     done = sample(model, list(args.prompt), weight=weight, seed=args.seed, num_images=args.num_images, steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
     paths = done.save(args.output_dir, stem=f'{done.weight}-')
     print(f'{len(paths)} pictures: {paths[0]} ... {paths[-1].name}')
@@ -333,9 +353,11 @@ def sweep(
     with said_of('reward', known): check_reward(reward)
     if judge:
         with said_of('judge', known): check_reward(judge)
+    if args.features and args.features.partition(':')[0] not in ('efficientnet','dino','inception'):
+        with said_of('features', known): check_reward(args.features)
     from draft_nb.sweep import keep_recommendation, measured, summary, write_report
     from draft_nb.sweep import sweep as compared
-    with said_of('model', known, adapter='run'): model = load(source, adapter=lora, device=args.device)
+    with said_of('model', known, adapter='run', config='model'): model = load(source, adapter=lora, device=args.device)
     try: table = compared(model, reward, prompts, weights, args.seeds, folder=folder, judge=judge, features=args.features, steps=args.num_inference_steps,
                           guidance_scale=args.guidance_scale, scales=scales, chunk=args.chunk)
     except KeyboardInterrupt: raise KeyboardInterrupt('go on with the same command') from None
@@ -354,6 +376,7 @@ def _about(run:Path)->dict:
 
 def _sweep_prompts(args:Sweep, about:dict, source:str)->list[str]:
     "What to draw, best what was not trained on."
+    if args.prompt_column and not args.prompts: raise ValueError(f'prompt_column needs --prompts, a table; got {args.prompt_column!r} alone')
     if args.prompts: return read_prompts(args.prompts, args.prompt_column)
     if about.get('sample_prompts'): return list(about['sample_prompts'])
     if source!='tiny': raise ValueError(f'prompts must be given: a file, for example one prompt a line; {args.run} names none that were held out')
@@ -383,7 +406,8 @@ def app(
     "`draft-nb app`"
     if args.run and not Path(args.run).is_dir(): raise ValueError(f'run must be a folder that exists; there is no {args.run}')
     if args.port is not None: check_port(args.port)
-    if args.run: _about(Path(args.run))
+    model = _about(Path(args.run)).get('model', 'tiny') if args.run else 'tiny'
+    if model!='tiny': raise ValueError(f'run must be a training of the embedded model, tiny; {args.run} is one of the model {model!r}')
     quiet()
     from draft_nb.demo import launch
     with said_of('run', flag_types(App), adapter='run'): launch(run=args.run, port=args.port)
@@ -479,7 +503,9 @@ def _understood(name:str, argv:list[str]):
         import tyro
         try: given,_ = tyro.cli(_File, args=argv, return_unknown_args=True, add_help=False, console_outputs=False)
         except SystemExit: given = _File() # the parser of all flags will say it
-        if given.config is not None: argv = [*read_config(given.config, {k:t for k,t in known.items() if k!='config'}), *argv]
+        if given.config is not None:
+            try: argv = [*read_config(given.config, {k:t for k,t in known.items() if k!='config'}), *argv]
+            except OSError as e: raise ValueError(f'config must be a YAML file that can be read; {given.config}: {e.strerror}') from e
     return _filled(parse_flags(flags, argv, f'draft-nb {name}', command.repeated))
 
 def _filled(
@@ -523,7 +549,7 @@ def verdict(
     if isinstance(error, KeyboardInterrupt): return 130,f'interrupted; {text}' if text else 'interrupted'
     if isinstance(error, BrokenPipeError): return 128+signal.SIGPIPE,''
     if isinstance(error, MemoryError) or type(error).__name__=='OutOfMemoryError' or re.search("can't allocate memory|Storage size calculation overflowed", text):
-        return 2,f'memory must suffice for the model, a batch and its pictures; {text or "it does not"}'
+        return 2,f'memory must suffice for the model, its LoRA (rank), a batch (batch_size, num_images, chunk) and its pictures; {text or "it does not"}'
     if isinstance(error, OSError): return 2,_system_words(error, flags, text)
     if isinstance(error, ValueError) or type(error).__name__=='SafetensorError': return 2,text or type(error).__name__
     return 1,f'this is a fault in draft_nb: {type(error).__name__}: {text}; DRAFT_NB_DEBUG=1 shows where'
@@ -560,7 +586,8 @@ def main(
     "The command `draft-nb`."
     argv = sys.argv[1:] if argv is None else list(argv)
     name,flags = argv[0] if argv else '',None
-    with heard() as interrupts:
+    with heard() as interrupts, warnings.catch_warnings():
+        if not sys.warnoptions: warnings.simplefilter('ignore') # of libraries; an error is one line
         try:
             if not argv or name in ('-h','--help'):
                 print(_usage())

@@ -17,8 +17,8 @@ from statistics import mode
 from tempfile import TemporaryDirectory
 
 from diffusers.utils import convert_state_dict_to_kohya
-from httpx import HTTPError
 from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file

@@ -346,7 +346,7 @@ def read_weights(
     from safetensors.torch import load_file
     try: state = load_file(file) if Path(file).suffix=='.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, *_unreadable()) as e:
-        raise ValueError(f'{file} must hold tensors and nothing else, and be whole; it could not be read: {str(e).strip().splitlines()[0][:200]}') from None
+        raise ValueError(f'{file} must hold tensors and nothing else, and be whole; it could not be read: {(str(e).strip() or type(e).__name__).splitlines()[0][:200]}') from None
     if isinstance(state, dict) and isinstance(state.get('state_dict'), dict): state = state['state_dict']
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f'{file} must hold named tensors; got {type(state).__name__}')
@@ -457,6 +457,9 @@ def local_clip(
     "A CLIP from a folder as a reward, times its learned scale."
     folder = Path(folder)
     if not (folder/'open_clip_config.json').is_file(): raise ValueError(f'a CLIP folder must hold open_clip_config.json; {folder} does not')
+    try: about = json.loads((folder/'open_clip_config.json').read_bytes())
+    except ValueError as e: raise ValueError(f'open_clip_config.json must be JSON; {folder}: {e}') from None
+    if not isinstance(about, dict) or not isinstance(about.get('model_cfg'), dict): raise ValueError(f'open_clip_config.json must hold model_cfg, the settings of a CLIP; that of {folder} does not')
     clip,tokenize,look = _open_clip_file(find_weights('clip', folder), '')
     return clip_reward(name, clip, tokenize, device=device, **look, **options)
 
@@ -709,7 +712,8 @@ def check_reward(
     text:str, # A name or a combination, see `parse_reward`
 )->None:
     "Refuse a name that no reward has; nothing is loaded."
-    for _,name,_ in parse_reward(text):
+    for _,name,path in parse_reward(text):
+        if path=='': raise ValueError(f'a reward must have a file or a folder behind @; got {text!r}')
         if not (name in KNOWN or name.startswith('clip:') or name and (Path(name)/'open_clip_config.json').is_file()):
             raise ValueError(f'unknown reward {name!r}; known: {", ".join(KNOWN)}, or a folder in open_clip\'s format')
 

@@ -31,6 +31,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType, get_scheduler
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -115,6 +117,7 @@ _rules = [
     *[(n, 'in [0,1)', lambda v: 0<=v<1) for n in ('adam_beta1','adam_beta2','ema_decay')],
     ('eta', 'in [0,1]', lambda v: 0<=v<=1), ('diversity_floor', 'in [0,1]', lambda v: 0<=v<=1), ('stop_within', 'in (0,1]', lambda v: 0<v<=1), ('estimator', *_one_of(*estimators)),
     ('lr_scheduler', *_one_of(*(s.value for s in SchedulerType if s!=SchedulerType.PIECEWISE_CONSTANT))), # that one needs rules of its own
+    ('log_with', *_one_of('none','all',*(t.value for t in LoggerType if t!=LoggerType.ALL))), ('seed', 'in 0..4294967295', lambda v: 0<=v<2**32),
     ('kl_reduction', *_one_of('sum','mean')), ('kl_on', *_one_of('guided','conditional')),
     ('guidance_interval', 'two numbers, 0 <= low < high <= 1', lambda v: len(v)==2 and 0<=v[0]<v[1]<=1), ('prefix', *_one_of('network','merged','bfloat16')), ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
 ]
@@ -724,6 +727,7 @@ def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
     log_with = config.log_with or ('tensorboard' if find_spec('tensorboard') else None)
     if log_with=='none': log_with = None
+    if config.log_with not in (None,'none','all') and LoggerType(config.log_with) not in get_available_trackers(): raise ValueError(f'log_with must be installed, or none; got {log_with!r}, and its package is not there')
     AcceleratorState._reset_state() # a run before this one may have had another precision
     acc = Accelerator(mixed_precision=config.mixed_precision, cpu=model.device.type=='cpu', log_with=log_with, project_dir=config.output_dir)
     _check_processes(config, acc.num_processes)
