@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .models import asset, load
+from .models import asset, check_device, load
 from .pipelines import annealed
 from .prompts import read_prompts
 from .rewards import clip_preprocess, load_reward
@@ -752,6 +752,14 @@ def versions()->dict[str,str]:
     return dict(python=platform.python_version(), **{p:one(p) for p in (*PACKAGES,'draft_nb')})
 
 # %% ../nbs/60_bench.ipynb #f3460217
+def _known(file:Path)->dict:
+    "What was measured before."
+    if not file.exists(): return {}
+    try: known = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'output_dir must be new or hold a bench.json that can be read; {file}: {e}') from None
+    if not isinstance(known, dict) or not all(isinstance(known.get(k, {}), dict) for k in ('commands','seconds')): raise ValueError(f'output_dir must be new or hold a bench.json of this command; {file} is another')
+    return known
+
 def run(
     what:Sequence[str]=WHAT,         # Of floor, annealing, levers, scaling, peer, race, large
     output_dir:str|Path='bench',     # Gets bench.json and bench.md; what is there already stays
@@ -764,15 +772,16 @@ def run(
     say:Callable=print,
 )->dict:                             # What bench.json holds
     "Measure, and leave `bench.json` and `bench.md`."
+    if not what: raise ValueError(f'what must name at least one of {", ".join((*WHAT,*MORE))}; got none')
     if unknown:=[w for w in what if w not in (*WHAT,*MORE)]: raise ValueError(f'what must be of {", ".join((*WHAT,*MORE))}; got {unknown[0]!r}')
     if rounds<1: raise ValueError(f'rounds must be at least 1; got {rounds}')
     if not peer and (beside := [w for w in what if w in ('peer','race')]): raise ValueError(f'what {beside[0]} needs --peer, the folder of a virtual environment with TRL 0.23.1; it is made if it is not there')
     if model not in ('tiny','sd15-small'): raise ValueError(f'model must be tiny or sd15-small (see what=large for the others); got {model!r}')
-    if device!='cpu' and not torch.cuda.is_available(): raise ValueError(f'device must be there; got {device!r}, and there is no GPU')
+    check_device(device)
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder/'bench.json'
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = _known(file)
+    folder.mkdir(parents=True, exist_ok=True)
     options = dict(device=device)|({} if model=='tiny' else dict(model=model, batch_size=2, rank=32, guidance_scale=5.))
     def keep(w=None, **found):
         if w: known.setdefault('commands', {})[w] = command

@@ -34,7 +34,6 @@ from urllib.parse import urlencode
 
 import gradio as gr
 import torch
-import yaml
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -43,7 +42,7 @@ from .metrics import diversity
 from .models import Model, asset, load
 from .rewards import Reward, available, load_reward
 from .sampler import Samples, denoise, sample_each
-from .train import DRaFTConfig, fit
+from .train import DRaFTConfig, about_run, fit
 
 # %% ../nbs/41_demo.ipynb #39000d9f
 SCHEDULES = { # label, minimum, maximum, step, value, what it does
@@ -305,7 +304,9 @@ def finished_runs(
     model:str,     # Name of the model that they must be of
 )->list[str]:      # Names, newest first
     "The runs that can be shown."
-    def fits(folder): return (folder/LORA).is_file() and (yaml.safe_load((folder/"config.yaml").read_text()) or {}).get("model")==model
+    def fits(folder):
+        try: return (folder/LORA).is_file() and about_run(folder).get("model")==model
+        except ValueError: return False # a damaged run cannot be shown
     there = [f.parent for f in Path(runs).glob("*/config.yaml") if fits(f.parent)]
     return [f.name for f in sorted(there, key=lambda f: -(f/LORA).stat().st_mtime)][:20]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'CARD', 'STAYS', 'original_block', 'kohya_state', 'architecture', 'file_metadata', 'trained', 'export_lora',
-           'check_repo', 'push_to_hub']
+           'check_repo', 'check_hub', 'push_to_hub']
 
 # %% ../nbs/31_export.ipynb #bb7f0cc4
 import copy
@@ -16,9 +16,9 @@ from shutil import copyfile
 from statistics import mode
 from tempfile import TemporaryDirectory
 
-import yaml
 from diffusers.utils import convert_state_dict_to_kohya
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -27,7 +27,7 @@ from torch import Tensor, nn, tensor
 
 from .adapters import WEIGHT_KEY, lora_layers, the_tuned, tuned_adapters
 from .models import Model, load
-from .train import Run, write_aside
+from .train import Run, about_run, write_aside
 
 # %% ../nbs/31_export.ipynb #5b6ab4e2
 def original_block(
@@ -120,11 +120,12 @@ def trained(
     if isinstance(source, Model): return source,{},{}
     folder = source.folder if isinstance(source, Run) else Path(source)
     if not (folder/'config.yaml').is_file(): raise ValueError(f'run must be the folder of a run; there is no {folder/"config.yaml"}')
-    about = yaml.safe_load((folder/'config.yaml').read_text())
-    file = folder/'pytorch_lora_weights.safetensors'
+    about,file = about_run(folder),folder/'pytorch_lora_weights.safetensors'
     if file.is_file():
+        if 'model' not in about: raise ValueError(f'model must be named in the config.yaml of a run; {folder/"config.yaml"} names none')
+        model = load(about['model'], adapter=file, device=device)
         with safe_open(file, 'pt') as f: kept = {k:v for k,v in (f.metadata() or {}).items() if k not in ('format','lora_adapter_metadata')}
-        return load(about['model'], adapter=file, device=device),about,kept
+        return model,about,kept
     if not (folder/'model_index.json').is_file(): raise ValueError(f'run must be finished; {folder} holds neither a LoRA nor a pipeline')
     return load(str(folder), adapter=None, device=device),about,{}
 
@@ -213,6 +214,17 @@ def check_repo(
     try: validate_repo_id(repo_id)
     except HFValidationError as e: raise ValueError(f'repo_id must be owner/name; {e}') from None
 
+def check_hub(
+    token:str|None=None, # By default the one of `hf auth login`
+)->None:
+    "Refuse, before any work, a hub that cannot be written to from here."
+    if constants.HF_HUB_OFFLINE: raise ValueError('push_to_hub must be able to reach the Hugging Face hub; HF_HUB_OFFLINE is set')
+    if not (token or get_token()): raise ValueError('push_to_hub needs a token of the Hugging Face hub: `hf auth login`, or the environment variable HF_TOKEN; there is none')
+    try: HfApi(token=token).whoami()
+    except (OSError, HTTPError) as e: raise ValueError(f'push_to_hub must be able to reach the Hugging Face hub and to log in there; {_first_line(e)}') from e
+
+def _first_line(error:Exception)->str: return (str(error).strip() or type(error).__name__).splitlines()[0]
+
 def push_to_hub(
     folder:str|Path,             # Of a finished run, or what `export_lora` wrote
     repo_id:str,                 # owner/name, or the name alone
@@ -226,6 +238,8 @@ def push_to_hub(
         raise ValueError(f'folder must hold a LoRA or a pipeline; {folder} holds neither')
     check_repo(repo_id)
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message or f'Upload {folder.name} (draft_nb)',
-                             revision=revision, create_pr=create_pr, ignore_patterns=STAYS).commit_url
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message or f'Upload {folder.name} (draft_nb)',
+                                 revision=revision, create_pr=create_pr, ignore_patterns=STAYS).commit_url
+    except (OSError, HTTPError) as e: raise OSError(f'repo_id must be a repository that can be written to from here; {repo_id}: {_first_line(e)}; what was to go up stays in {folder}') from e

@@ -8,6 +8,7 @@ __all__ = ['diversity', 'vendi', 'load_lpips', 'lpips_diversity', 'load_features
 
 # %% ../nbs/21_metrics.ipynb #89c088a7
 import json
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .kl import gaussian_kl
@@ -169,7 +171,9 @@ def load_features(
     device,loaders = _device(device),dict(dino=_dino, inception=_inception)
     kind,_,path = spec.partition(':') if isinstance(spec, str) else ('','','')
     if kind=='efficientnet' and not path: look = _efficientnet(device)
-    elif kind in loaders: look = loaders[kind](path, device)
+    elif kind in loaders:
+        try: look = loaders[kind](path, device)
+        except (ValueError, OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e: raise ValueError(f'features must be whole files that fit; got {spec!r} ({" ".join(str(e).split())[:300]})') from e
     elif callable(spec) and not isinstance(spec, Reward): look = spec
     else:
         try: reward = load_reward(spec, device)

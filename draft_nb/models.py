@@ -526,9 +526,13 @@ def check_device(
 )->torch.device:
     "The device, by default a GPU where there is one."
     if device is None: return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
-    device = torch.device(device)
-    if device.type=='cuda' and (device.index or 0)>=torch.cuda.device_count():
-        raise ValueError(f'device must be one that is there; got {device} on a machine with {torch.cuda.device_count()} CUDA devices')
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if kind else 0
+    there = ', '.join(['cpu', *([f'{kind}:0 to {kind}:{count-1}'] if kind else [])])
+    try: device = torch.device(device)
+    except RuntimeError: raise ValueError(f'device must be one that is there, {there}; got {device!r}') from None
+    if not (device.type=='cpu' and not device.index or device.type==kind and (device.index or 0)<count):
+        raise ValueError(f'device must be one that is there, {there}; got {device} on a machine with {torch.cuda.device_count()} CUDA devices')
     return device
 
 def check_family(
@@ -569,7 +573,8 @@ def _pipeline(source, config:str|Path|None, dtype:torch.dtype)->DiffusionPipelin
             raise ValueError(f'model must be a diffusers folder; {source} holds no model_index.json')
         if not is_path and (source.count('/')!=1 or source.startswith(('.','/'))):
             raise ValueError(f"model must be 'tiny', a hub id (owner/name), a diffusers folder, a .safetensors file or a pipeline; got {source!r}")
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        try: pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        except Exception as e: raise ValueError(f'model must be a diffusers pipeline that is whole; {source} cannot be loaded: {type(e).__name__}, {" ".join(str(e).split())[:300]}') from e
     pipe.scheduler = without_history(pipe.scheduler)
     return pipe
 

@@ -9,7 +9,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'SOURCES', 'IMAGEREWARD_MEAN', 'IMAGEREWARD_
            'read_weights', 'fill', 'described', 'clip_tokens', 'sequence_first', 'open_clip_network', 'fill_open_clip',
            'local_clip', 'TransformersCLIP', 'score_head', 'aesthetic_reward', 'BlipScorer', 'imagereward_name',
            'bert_tokens', 'imagereward', 'as_reward', 'weighted', 'standardise', 'calibrate', 'parse_reward',
-           'load_reward', 'available']
+           'check_reward', 'load_reward', 'available']
 
 # %% ../nbs/20_rewards.ipynb #e1ea446f
 import json
@@ -352,7 +352,7 @@ def read_weights(
     from safetensors.torch import load_file
     try: state = load_file(file) if Path(file).suffix=='.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, *_unreadable()) as e:
-        raise ValueError(f'{file} must hold tensors and nothing else, and be whole; it could not be read: {str(e).strip().splitlines()[0][:200]}') from None
+        raise ValueError(f'{file} must hold tensors and nothing else, and be whole; it could not be read: {(str(e).strip() or type(e).__name__).splitlines()[0][:200]}') from None
     if isinstance(state, dict) and isinstance(state.get('state_dict'), dict): state = state['state_dict']
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f'{file} must hold named tensors; got {type(state).__name__}')
@@ -463,6 +463,9 @@ def local_clip(
     "A CLIP from a folder as a reward, times its learned scale."
     folder = Path(folder)
     if not (folder/'open_clip_config.json').is_file(): raise ValueError(f'a CLIP folder must hold open_clip_config.json; {folder} does not')
+    try: about = json.loads((folder/'open_clip_config.json').read_bytes())
+    except ValueError as e: raise ValueError(f'open_clip_config.json must be JSON; {folder}: {e}') from None
+    if not isinstance(about, dict) or not isinstance(about.get('model_cfg'), dict): raise ValueError(f'open_clip_config.json must hold model_cfg, the settings of a CLIP; that of {folder} does not')
     clip,tokenize,look = _open_clip_file(find_weights('clip', folder), '')
     return clip_reward(name, clip, tokenize, device=device, **look, **options)
 
@@ -712,6 +715,15 @@ def _term(sign:str, text:str)->tuple[float,str,str|None]:
     return -value if sign=='-' else value, name.strip(), path.strip() if at else None
 
 # %% ../nbs/20_rewards.ipynb #bea5f292
+def check_reward(
+    text:str, # A name or a combination, see `parse_reward`
+)->None:
+    "Refuse a name that no reward has; nothing is loaded."
+    for _,name,path in parse_reward(text):
+        if path=='': raise ValueError(f'a reward must have a file or a folder behind @; got {text!r}')
+        if not (name in KNOWN or name.startswith('clip:') or name and (Path(name)/'open_clip_config.json').is_file()):
+            raise ValueError(f'unknown reward {name!r}; known: {", ".join(KNOWN)}, or a folder in open_clip\'s format')
+
 def load_reward(
     spec:str|Callable, # A name of `KNOWN`, a combination like "0.7*pickscore - 0.1*jpeg", a CLIP folder, or a callable
     device:str|torch.device|None=None, # By default a GPU where there is one

@@ -33,8 +33,9 @@ from .metrics import contrast, embed, interval, load_features, paired_interval, 
 from .models import check_prompts, load
 from .rewards import Reward, load_reward
 from .sampler import count_steps, sample_each
-from .train import write_aside
+from .train import check_state, markdown, write_aside
 from .values import is_number, is_whole, noise_seed, number, whole_number
+
 
 # %% ../nbs/32_sweep.ipynb #bf268e16
 def _scale_name(scale:float)->str: return f'scale_{scale:.10g}'
@@ -173,13 +174,15 @@ def read_sweep(
     path = Path(path)
     if path.is_dir(): path = path/'sweep.csv'
     if not path.is_file(): raise ValueError(f'path must be a sweep.csv or its folder; there is no {path}')
-    with open(path, newline='', encoding='utf-8') as f: text = f.read()
+    try: text = path.read_bytes().decode()
+    except UnicodeDecodeError as e: raise ValueError(f'path must be the table of a sweep; {path} is no text: {e}') from None
     lines = list(csv.reader(io.StringIO(text)))
     if not lines or not {'weight','scale','prompt'}<={*lines[0]}: raise ValueError(f'path must be the table of a sweep; {path} lacks the columns weight, scale, prompt')
     if not text.endswith('\n') and len(lines)>1: lines.pop()
     whole = [l for l in lines[1:] if len(l)==len(lines[0])]
     def number(k, v): return v if k in ('run','weight','prompt') else int(v) if k=='seed' else float(v or 'nan')
-    return pd.DataFrame([{k:number(k, v) for k,v in zip(lines[0], l)} for l in whole], columns=lines[0])
+    try: return pd.DataFrame([{k:number(k, v) for k,v in zip(lines[0], l)} for l in whole], columns=lines[0])
+    except ValueError as e: raise ValueError(f'path must be the table of a sweep; {path} holds what is no number: {e}') from None
 
 # %% ../nbs/32_sweep.ipynb #73fad989
 def _writable(folder:str|Path)->Path:
@@ -215,8 +218,8 @@ def _opened(
 
 def _check_same(kept:Path, about:dict)->None:
     "Refuse the file of another sweep."
-    try: there = json.loads(kept.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'folder must hold a sweep that can be read; {kept}: {e}') from None
+    try: there = json.loads(kept.read_bytes())
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'folder must hold a sweep that can be read; {kept}: {e}') from None
     for k,v in about.items():
         old = there.get(k) if isinstance(there, dict) else None
         if old!=v: raise ValueError(f'folder must be new or hold a sweep of the same {k}; {kept.parent} holds one with {_brief(old)}, now {_brief(v)}')
@@ -453,13 +456,14 @@ def report(
     best = recommended_weight(means, judge, keep)
     at = means.set_index('name')
     row,most = at.loc[best],at.loc[means[means.scale==1].set_index('name')[reward].idxmax()]
+    names = {m:markdown(m) for m in (reward,judge)}
     share = f'{row.diversity/at.loc["base"].diversity:.0%} of the base\'s diversity'
-    chosen = f'no weight is better than the base in the eyes of {judge} under this rule' if best=='base' else f'{judge} {_gain(row, judge)} over the base, {reward} {_gain(row, reward)}, {share}'
+    chosen = f'no weight is better than the base in the eyes of {names[judge]} under this rule' if best=='base' else f'{names[judge]} {_gain(row, judge)} over the base, {names[reward]} {_gain(row, reward)}, {share}'
     low,high = most[f'{judge}_gain_low'],most[f'{judge}_gain_high']
     verdict = 'falls: the reward was hacked' if high<0 else 'rises, too' if low>0 else 'neither rises nor falls beyond its interval'
-    hacked = '' if most.name=='base' else f' {reward} is highest for `{most.name}` ({_gain(most, reward)}); the judge, which training never saw, {verdict} ({_gain(most, judge)}).'
-    names = ', '.join(f'`{n}`' for n in means.name)
-    return best,(f'Recommended weight: `{best}` ({chosen}). Compared were {names} on {table.prompt.nunique()} prompts with {table.seed.nunique()} seeds each, all from the same noise; '
+    hacked = '' if most.name=='base' else f' {names[reward]} is highest for `{most.name}` ({_gain(most, reward)}); the judge, which training never saw, {verdict} ({_gain(most, judge)}).'
+    compared = ', '.join(f'`{n}`' for n in means.name)
+    return best,(f'Recommended weight: `{best}` ({chosen}). Compared were {compared} on {table.prompt.nunique()} prompts with {table.seed.nunique()} seeds each, all from the same noise; '
                  f'in brackets 95 % intervals over prompts. Rule: {RULE.format(keep=keep)}.{hacked}\n')
 
 # %% ../nbs/32_sweep.ipynb #2b91a7e0
@@ -569,7 +573,9 @@ def _load_checkpoint(model, path:Path)->None:
     "The weights of a checkpoint, the averaged ones where they were averaged."
     try: state = torch.load(path, map_location=model.device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e: raise ValueError(f'a checkpoint must be whole; {path}: {str(e).splitlines()[0]}') from e
-    for p,q in zip(model.parameters(), state['average'] or state['parameters'], strict=True): p.copy_(q)
+    kept = check_state(state, path).get('average') or state.get('parameters') or []
+    if [p.shape for p in model.parameters()]!=[q.shape for q in kept]: raise ValueError(f'a checkpoint must hold the parameters of {model.name}; those of {path} differ in number or shape')
+    for p,q in zip(model.parameters(), kept, strict=True): p.copy_(q)
 
 # %% ../nbs/32_sweep.ipynb #6747f45a
 def at_equal_diversity(

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'DRaFTConfig', 'resolve', 'as_scorer', 'score_latents', 'draft_loss', 'evaluate', 'Run', 'write_aside',
-           'checkpoints', 'save_checkpoint', 'newest_checkpoint', 'deal', 'check_space', 'check_run', 'make_optimizer',
-           'channels_last', 'freed_memory_kept', 'picture_generators', 'average_gradients', 'NotFinite', 'nan_gradient',
-           'skipped_steps', 'steered', 'write_history', 'read_history', 'shard', 'whole', 'dealt', 'alarms',
-           'validation', 'standardised', 'fit', 'model_card']
+           'checkpoints', 'save_checkpoint', 'check_state', 'newest_checkpoint', 'deal', 'check_space', 'check_run',
+           'make_optimizer', 'channels_last', 'freed_memory_kept', 'picture_generators', 'average_gradients',
+           'NotFinite', 'nan_gradient', 'skipped_steps', 'steered', 'write_history', 'read_history', 'shard', 'whole',
+           'dealt', 'alarms', 'validation', 'standardised', 'fit', 'about_run', 'markdown', 'model_card']
 
 # %% ../nbs/30_train.ipynb #3ab88559
 import copy
 import csv
 import ctypes
 import inspect
+import io
 import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +35,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from diffusers.optimization import SchedulerType, get_scheduler
 from pydantic import ConfigDict, ValidationError, create_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -70,7 +74,7 @@ class DRaFTConfig:
     kl_reduction:str='sum'                  # Over the K steps: sum or mean
     kl_on:str='guided'                      # Which prediction the KL compares: guided or conditional
     learning_rate:float|None=None           # Of AdamW; by default the model's own
-    lr_scheduler:str='constant_with_warmup' # A name that diffusers knows
+    lr_scheduler:str='constant_with_warmup' # constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial
     lr_warmup_steps:int=10                  # Optimizer steps
     weight_decay:float=0.                   # Of AdamW
     adam_beta1:float=.9                     # Of AdamW
@@ -121,6 +125,8 @@ _rules = [
     *[(n, 'greater than 0', lambda v: v>0) for n in ('learning_rate','max_grad_norm','target_kl','drift')],
     *[(n, 'in [0,1)', lambda v: 0<=v<1) for n in ('adam_beta1','adam_beta2','ema_decay')],
     ('eta', 'in [0,1]', lambda v: 0<=v<=1), ('diversity_floor', 'in [0,1]', lambda v: 0<=v<=1), ('stop_within', 'in (0,1]', lambda v: 0<v<=1), ('estimator', *_one_of(*estimators)),
+    ('lr_scheduler', *_one_of(*(s.value for s in SchedulerType if s!=SchedulerType.PIECEWISE_CONSTANT))), # that one needs rules of its own
+    ('log_with', *_one_of('none','all',*(t.value for t in LoggerType if t!=LoggerType.ALL))), ('seed', 'in 0..4294967295', lambda v: 0<=v<2**32),
     ('kl_reduction', *_one_of('sum','mean')), ('kl_on', *_one_of('guided','conditional')),
     ('guidance_interval', 'two numbers, 0 <= low < high <= 1', lambda v: 0<=v[0]<v[1]<=1), ('prefix', *_one_of('network','merged','bfloat16')), ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
     ('lr_scheduler', *_one_of(*_schedules)), ('log_with', *_one_of(*_trackers)),
@@ -316,9 +322,12 @@ def write_aside(
 )->None:
     "Write a file so that a reader sees the old one or the new one, never a part."
     aside = path.with_name(path.name+'.part')
-    write(aside)
-    with open(aside, 'rb') as f: os.fsync(f.fileno())
-    aside.replace(path)
+    try:
+        write(aside)
+        with open(aside, 'rb') as f: os.fsync(f.fileno())
+        aside.replace(path)
+    except (RuntimeError, SafetensorError) as e: raise OSError(f'{path} must be written whole; {str(e).splitlines()[0]}') from e # torch's and safetensors' kinds for a full disk
+    finally: aside.unlink(missing_ok=True)
 
 def checkpoints(
     folder:Path, # Of the run
@@ -334,13 +343,23 @@ def save_checkpoint(
     write_aside(folder/'checkpoints'/f'step_{state["step"]:06d}.pt', lambda p: torch.save(state, p))
     for old in checkpoints(folder)[:-keep]: old.unlink()
 
+def check_state(
+    state,     # What a checkpoint holds
+    path:Path, # For the message
+)->dict:       # The same
+    "Refuse a file that torch reads, but that is no checkpoint of a run."
+    if not isinstance(state, dict): raise ValueError(f'a checkpoint must hold the state of a run; {path} holds a {type(state).__name__}')
+    if not isinstance(state.get('step'), int): raise ValueError(f'a checkpoint must hold the state of a run; {path} has no step')
+    return state
+
 def newest_checkpoint(
     folder:Path, device,
 )->dict|None: # None where there is none
     "The newest whole checkpoint; one that was cut short is passed over."
     for path in reversed(checkpoints(folder)):
-        try: return torch.load(path, map_location=device, weights_only=True)
+        try: state = torch.load(path, map_location=device, weights_only=True)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError): continue
+        return check_state(state, path)
     return None
 
 # %% ../nbs/30_train.ipynb #82d6cab4
@@ -466,6 +485,8 @@ def freed_memory_kept()->Iterator[bool]: # Whether the C library was told; only 
         if told: libc.mallopt(trim_threshold, 64*mb); libc.malloc_trim(0)
 
 # %% ../nbs/30_train.ipynb #1668caf4
+_kept = ('step','processes','parameters','optimizer','schedule','average','kl_coeff','worse','best') # In a checkpoint, see `_Training.state`
+
 @dataclass
 class _Training:
     "What a run carries from step to step."
@@ -495,6 +516,9 @@ class _Training:
 
     def load(self, state:dict)->None:
         n,params,optimizer = self.accelerator.num_processes,self.model.parameters(),state['optimizer']
+        if missing:=[k for k in _kept if k not in state]: raise ValueError(f'a checkpoint must hold {", ".join(_kept)}; {missing[0]} is missing')
+        shapes = [[tuple(t.shape) for t in ts] for ts in (params, state['parameters'])]
+        if shapes[0]!=shapes[1]: raise ValueError(f'a checkpoint must hold the parameters of this model, {len(params)} tensors; its {len(state["parameters"])} differ in number or shape')
         if n!=state['processes']: raise ValueError(f'a resumed run must keep its number of processes, {state["processes"]}; got {n}')
         with torch.no_grad():
             for p,q in zip(params, state['parameters'], strict=True): p.copy_(dealt(q, p))
@@ -626,10 +650,23 @@ def write_history(
 def read_history(
     folder:Path,
 )->list[dict]:
-    "Read `history.csv`; an empty list where there is none."
-    if not (folder/'history.csv').is_file(): return []
-    with open(folder/'history.csv', newline='') as f:
-        return [{k:int(v) if k in ('step','skipped') or k.startswith('alarm_') else float(v) for k,v in r.items() if v!=''} for r in csv.DictReader(f)]
+    "Read `history.csv`; an empty list where there is none, a ValueError where it is not whole."
+    path = folder/'history.csv'
+    if not path.exists(): return []
+    try: text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as e: raise ValueError(f'history.csv must be a table of numbers; {path} cannot be read: {e}') from e
+    lines = csv.DictReader(io.StringIO(text, newline=''))
+    if 'step' not in (lines.fieldnames or ()): raise ValueError(f'history.csv must begin with its columns, step among them; {path} does not')
+    if not text.endswith('\n'): raise ValueError(f'history.csv must be whole; the last line of {path} was cut short: remove it')
+    return [_history_row(r, f'{path}, line {lines.line_num}') for r in lines]
+
+def _history_row(fields:dict, where:str)->dict:
+    "Numbers by column; an empty field is left out."
+    def number(k, v): return int(v) if k in ('step','skipped') or k.startswith('alarm_') else float(v)
+    try:
+        if None in fields or None in fields.values(): raise ValueError('it has another number of fields than the header')
+        return {k:number(k, v) for k,v in fields.items() if v or k=='step'}
+    except ValueError as e: raise ValueError(f'history.csv must hold a number or nothing in each of its columns; {where}: {e}') from None
 
 # %% ../nbs/30_train.ipynb #96e61827
 def shard(
@@ -819,6 +856,8 @@ def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
     log_with = config.log_with or ('tensorboard' if find_spec('tensorboard') else None)
     if log_with in ('none','no'): log_with = None
+    if log_with not in (None,'all') and LoggerType(log_with) not in get_available_trackers():
+        raise ValueError(f'log_with must be installed, or none; got {log_with!r}, and its package is not there')
     AcceleratorState._reset_state() # a run before this one may have had another precision
     acc = Accelerator(mixed_precision=config.mixed_precision, cpu=model.device.type=='cpu', log_with=log_with, project_dir=config.output_dir)
     _check_processes(config, acc.num_processes)
@@ -838,6 +877,21 @@ def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     plain = model.prefix_network(config.prefix)
     if log_with: acc.init_trackers('draft_nb', config={k:v for k,v in _plain(config).items() if isinstance(v, (int,float,str,bool))})
     return _Training(model, reward, prompts, config, acc, optimizer, schedule, average=average, kl_coeff=config.kl_coeff, plain=plain, outline=outline)
+
+def about_run(
+    folder:Path, # Of a run
+)->dict:         # Empty where there is no `config.yaml`
+    "What a run was trained with, read from its `config.yaml`, with the kinds of values that others rely on."
+    path = folder/'config.yaml'
+    if not path.exists(): return {}
+    try: about = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e: raise ValueError(f'config.yaml must be YAML that can be read; {path}: {" ".join(str(e).split())}') from e
+    if not isinstance(about, dict): raise ValueError(f'config.yaml must hold names and values; {path} holds {"nothing" if about is None else type(about).__name__}')
+    for k in 'model','reward':
+        if k in about and not (isinstance(about[k], str) and about[k]): raise ValueError(f'{k} must be a text; {path} holds {about[k]!r}')
+    prompts = about.get('sample_prompts') or []
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts): raise ValueError(f'sample_prompts must be a list of texts; {path} holds {prompts!r}')
+    return about
 
 def _begin_folder(folder:Path, model, reward, config:DRaFTConfig)->None:
     for sub in ('samples','checkpoints'): (folder/sub).mkdir(parents=True, exist_ok=True)
@@ -864,12 +918,18 @@ def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, bas
     write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, replace(run.config, sample_prompts=tuple(prompts)), before, after)))
 
 # %% ../nbs/30_train.ipynb #21e6b99b
+def markdown(
+    text:str, # For example a name that somebody chose
+)->str:       # The same text where Markdown is shown
+    "A text on one line, with a backslash before each character that Markdown or HTML would act on."
+    return re.sub(r'([\\`*_\[\]<>&|~$])', r'\\\1', ' '.join(text.split()))
+
 def model_card(
     model, reward, config:DRaFTConfig,
     before:dict[str,float], after:dict[str,float], # Means, see `evaluate`
 )->str: # Markdown with the hub's front matter
     "What was trained, how, what it gained, and how to use it."
-    table = '\n'.join(f'| {k} | {before[k]:.4g} | {after[k]:.4g} |' for k in before)
+    table = '\n'.join(f'| {markdown(k)} | {before[k]:.4g} | {after[k]:.4g} |' for k in before)
     lora = model.frozen is None
     how = config.estimator if config.estimator in ('refl','draft_lv') else f'{config.estimator}, K = {config.grad_steps}'
     use = f"model = load({model.name!r}, adapter='path/to/this/folder')" if lora else "model = load('path/to/this/folder', adapter=None)"
@@ -885,12 +945,11 @@ pipe('an emoji of a fox').images[0]
 with annealed(pipe, 'linear'): pipe('an emoji of a fox').images[0]
 ```
 ''' if lora and '/' in model.name else ''
+    facts = dict(base_model=model.name, library_name='diffusers', tags=['text-to-image', *(['lora'] if lora else []), 'draft_nb'])
+    front = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, default_flow_style=None, width=math.inf)
     return f'''---
-base_model: {model.name}
-library_name: diffusers
-tags: [text-to-image, {'lora, ' if lora else ''}draft_nb]
----
-# {model.name} aligned with {getattr(reward, 'name', reward)}
+{front}---
+# {markdown(model.name)} aligned with {markdown(str(getattr(reward, 'name', reward)))}
 
 Fine-tuned with DRaFT+ (`draft_nb`): {config.max_steps} steps, gradient by {how}, kl_coeff = {config.kl_coeff:g}, learning rate {config.learning_rate:g}.
 

@@ -38,7 +38,7 @@ TABLE = {
     "pipelines":   Row(13, "adapters sampler", "torch diffusers"),
     "estimators":  Row(14, "", "torch"),
     "rewards":     Row(20, "", f"{LIGHT} open_clip transformers accelerate huggingface_hub"),
-    "metrics":     Row(21, "rewards", "torch transformers"),
+    "metrics":     Row(21, "rewards", "torch transformers safetensors"),
     "prompts":     Row(22, "", ""),
     "preferences": Row(23, "rewards prompts", f"{LIGHT} open_clip"),
     "train":       Row(30, "", f"{LIGHT} accelerate pandas diffusers pydantic", never="models rewards"),
