@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'WEIGHT_KEY', 'add_lora', 'lora_layers', 'trainable', 'lora_state', 'load_lora', 'base_of', 'fusable',
-           'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge']
+           'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge', 'new_file_mode', 'usual_modes']
 
 # %% ../nbs/11_adapters.ipynb #f62b6d7c
 import copy
 import json
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -221,3 +223,27 @@ def _sum_into(own:torch.Tensor, layer:BaseTunerLayer)->None:
             torch.addmm(base, b, a, alpha=layer.scaling[adapters[0]], out=own)
             return
     own.copy_(base.float()+sum(layer.get_delta_weight(a).float() for a in adapters))
+
+# %% ../nbs/11_adapters.ipynb #d2f4d9e1
+def new_file_mode(
+    folder:str|Path, # Folder that exists
+)->int:              # Permission bits
+    "The mode of a new file in a folder, as the umask or the folder's own rule has it."
+    probe = Path(folder)/f'.{uuid4().hex}'
+    probe.touch()
+    try: return stat.S_IMODE(probe.stat().st_mode)
+    finally: probe.unlink()
+
+@contextmanager
+def usual_modes(
+    folder:str|Path, # Folder that gets files, also in folders below
+)->Iterator[None]:
+    "Safetensors files that are written inside the block get the mode of any new file."
+    def written():
+        found = {p:p.lstat() for p in Path(folder).rglob('*.safetensors')}
+        return {p:(s.st_ino,s.st_mtime_ns) for p,s in found.items()}
+    before = written()
+    yield
+    new = [p for p,stamp in written().items() if before.get(p)!=stamp]
+    mode = new_file_mode(folder) if new else None
+    for p in new: p.chmod(mode)

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn, tensor
 
-from .adapters import WEIGHT_KEY, lora_layers
+from .adapters import WEIGHT_KEY, lora_layers, usual_modes
 from .models import Model, load
 from .train import Run, write_aside
 
@@ -187,7 +187,8 @@ def _save_merged(model:Model, folder:Path)->Path:
         merged.fuse_lora(safe_fusing=True)
         merged.unload_lora()
         setattr(model.pipe, model.component, merged)
-    try: model.pipe.save_pretrained(folder)
+    try:
+        with usual_modes(folder): model.pipe.save_pretrained(folder)
     finally: setattr(model.pipe, model.component, network)
     return folder
 

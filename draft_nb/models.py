@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapters import LORA_TARGETS, WEIGHT_KEY, add_lora, base_of, fusable, load_lora, lora_layers, lora_rows, lora_state, plain_copy, recommend, recommended, remerge, trainable, unfreeze
+from .adapters import LORA_TARGETS, WEIGHT_KEY, add_lora, base_of, fusable, load_lora, lora_layers, lora_rows, lora_state, new_file_mode, plain_copy, recommend, recommended, remerge, trainable, unfreeze, usual_modes
 from .anneal import blend, everywhere, weight_name
 
 # %% ../nbs/12_models.ipynb #d336afeb
@@ -289,12 +289,12 @@ def save(self:Model,
     folder = Path(folder)
     if weight is not None: recommend(self.network, weight_name(weight))
     if self.frozen is not None:
-        self.pipe.save_pretrained(folder)
+        with usual_modes(folder): self.pipe.save_pretrained(folder)
         return folder
     if not lora_layers(self.network): raise ValueError(f'{self.name} carries no adapter: there is nothing to save')
     tensors,config = lora_state(self.network)
     loader = self.pipe if 'save_lora_weights' in dir(self.pipe) else SanaLoraLoaderMixin # writes what any pipeline with a `transformer` would
-    loader.save_lora_weights(folder, **{f'{self.component}_lora_layers': tensors, f'{self.component}_lora_adapter_metadata': config})
+    with usual_modes(folder): loader.save_lora_weights(folder, **{f'{self.component}_lora_layers': tensors, f'{self.component}_lora_adapter_metadata': config})
     file = folder/'pytorch_lora_weights.safetensors'
     if config.get('auto_mapping'): _note(file, config['auto_mapping'])
     return file
@@ -305,6 +305,7 @@ def _note(file:Path, notes:dict[str,str])->None:
     with safe_open(file, 'pt') as f: metadata,tensors = f.metadata(),{k:f.get_tensor(k) for k in f.keys()}
     aside = file.with_name(file.name+'.part')
     save_file(tensors, aside, metadata={**metadata, **notes})
+    aside.chmod(new_file_mode(file.parent))
     aside.replace(file)
 
 # %% ../nbs/12_models.ipynb #f4e25ca4
@@ -377,7 +378,7 @@ class PixArtSigma(Model):
         path = super().save(folder, **options)
         if self.frozen is None:
             self.network.peft_config['default'].save_pretrained(folder)
-            save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
+            with usual_modes(folder): save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
         return path
 
 # %% ../nbs/12_models.ipynb #0543dded

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from .metrics import contrast, embed, interval, load_features, paired_interval, 
 from .models import check_prompts, load
 from .rewards import Reward, load_reward
 from .sampler import count_steps, sample_each
-from .train import write_aside
+from .train import read_checkpoint, write_aside
 
 # %% ../nbs/32_sweep.ipynb #bf268e16
 def _scale_name(scale:float)->str: return f'scale_{scale:.10g}'
@@ -559,8 +558,7 @@ def _lora_file(path:str|Path)->Path:
 @torch.no_grad()
 def _load_checkpoint(model, path:Path)->None:
     "The weights of a checkpoint, the averaged ones where they were averaged."
-    try: state = torch.load(path, map_location=model.device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e: raise ValueError(f'a checkpoint must be whole; {path}: {str(e).splitlines()[0]}') from e
+    state = read_checkpoint(path, model.device)
     for p,q in zip(model.parameters(), state['average'] or state['parameters'], strict=True): p.copy_(q)
 
 # %% ../nbs/32_sweep.ipynb #6747f45a

@@ -40,7 +40,7 @@ TABLE = {
     "metrics":     Row(21, "rewards", "torch transformers"),
     "prompts":     Row(22, "", ""),
     "preferences": Row(23, "rewards prompts", f"{LIGHT} open_clip"),
-    "train":       Row(30, "", f"{LIGHT} accelerate pandas diffusers", never="models rewards"),
+    "train":       Row(30, "", f"{LIGHT} accelerate pandas diffusers filelock", never="models rewards"),
     "export":      Row(31, "train", f"{LIGHT} diffusers huggingface_hub"),
     "sweep":       Row(32, "train", f"{LIGHT} pandas"),
     "plots":       Row(40, "", f"{LIGHT} pandas matplotlib"),
