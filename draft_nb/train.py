@@ -499,6 +499,9 @@ def _check_resumed(folder:Path, about:dict)->None:
     old.setdefault('normalize', 'base' if old.get('reward_stats') else None)
     changed = [f'{k}: {old[k]!r} -> {v!r}' for k,v in about.items() if k not in FREE and k in old and not _same(k, old[k], v)]
     if changed: raise ValueError(f'a resumed run must keep its configuration; changed: {"; ".join(changed)}')
+    steps,paced = old.get('max_steps'),about['lr_scheduler'] not in ('constant','constant_with_warmup')
+    if paced and steps not in (None,about['max_steps']):
+        warnings.warn(f'lr_scheduler {about["lr_scheduler"]} ends with the run: max_steps {steps} -> {about["max_steps"]} changes the learning rate of the steps to come', RunWarning, stacklevel=2)
     before = old.get('versions') or {}
     newer = [f'{k} {before[k]} -> {v}' for k,v in about['versions'].items() if k in before and before[k]!=v]
     if newer: warnings.warn(f'{folder} goes on with other versions, so its steps may differ: {", ".join(newer)}', RunWarning, stacklevel=2)
