@@ -6,18 +6,20 @@
 __all__ = ['LORA_TARGETS', 'WEIGHT_KEY', 'NOT_LORA', 'lora_layers', 'base_adapters', 'tuned_adapters', 'the_tuned',
            'keep_as_base', 'placed', 'check_adapters', 'check_lora', 'add_lora', 'trainable', 'lora_state', 'base_of',
            'switching', 'fusable', 'RowsReshaped', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy',
-           'remerge', 'lora_kind', 'lora_model', 'lora_parts', 'load_lora']
+           'remerge', 'new_file_mode', 'usual_modes', 'lora_kind', 'lora_model', 'lora_parts', 'load_lora']
 
 # %% ../nbs/11_adapters.ipynb #f62b6d7c
 import copy
 import json
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -353,6 +355,30 @@ def _sum_into(own:torch.Tensor, layer:BaseTunerLayer)->None:
             torch.addmm(base, b, a, alpha=layer.scaling[adapters[0]], out=own)
             return
     own.copy_(base.float()+sum(layer.get_delta_weight(a).float() for a in adapters))
+
+# %% ../nbs/11_adapters.ipynb #d2f4d9e1
+def new_file_mode(
+    folder:str|Path, # Folder that exists
+)->int:              # Permission bits
+    "The mode of a new file in a folder, as the umask or the folder's own rule has it."
+    probe = Path(folder)/f'.{uuid4().hex}'
+    probe.touch()
+    try: return stat.S_IMODE(probe.stat().st_mode)
+    finally: probe.unlink()
+
+@contextmanager
+def usual_modes(
+    folder:str|Path, # Folder that gets files, also in folders below
+)->Iterator[None]:
+    "Safetensors files that are written inside the block get the mode of any new file."
+    def written():
+        found = {p:p.lstat() for p in Path(folder).rglob('*.safetensors')}
+        return {p:(s.st_ino,s.st_mtime_ns) for p,s in found.items()}
+    before = written()
+    yield
+    new = [p for p,stamp in written().items() if before.get(p)!=stamp]
+    mode = new_file_mode(folder) if new else None
+    for p in new: p.chmod(mode)
 
 # %% ../nbs/11_adapters.ipynb #90f5a018
 NOT_LORA = {'hada_':'LoHa', 'lokr_':'LoKr', 'oft_':'OFT', 'dora_scale':'DoRA', r'\.lora_mid\.':'LoCon with a core tensor', 'lora_embedding_':'LoRA of embeddings',

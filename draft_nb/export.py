@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn, tensor
 
-from .adapters import WEIGHT_KEY, lora_layers, the_tuned, tuned_adapters
+from .adapters import WEIGHT_KEY, lora_layers, the_tuned, tuned_adapters, usual_modes
 from .models import Model, load
 from .train import Run, about_run, write_aside
 
@@ -187,7 +187,7 @@ def _save_merged(model:Model, folder:Path)->Path:
     carry = {n:p for n,p in model.pipe.components.items() if isinstance(p, nn.Module) and lora_layers(p)}
     try:
         for name,part in carry.items(): setattr(model.pipe, name, _fused(part))
-        model.pipe.save_pretrained(folder)
+        with usual_modes(folder): model.pipe.save_pretrained(folder)
     finally:
         for name,part in carry.items(): setattr(model.pipe, name, part)
     return folder

@@ -45,6 +45,7 @@ from draft_nb.adapters import (
     lora_layers,
     lora_rows,
     lora_state,
+    new_file_mode,
     placed,
     plain_copy,
     recommend,
@@ -54,6 +55,7 @@ from draft_nb.adapters import (
     trainable,
     tuned_adapters,
     unfreeze,
+    usual_modes,
 )
 from .anneal import blend, everywhere, weight_name
 from .values import is_number, is_whole, number
@@ -322,12 +324,12 @@ def save(self:Model,
     folder = Path(folder)
     if weight is not None: recommend(self.network, weight_name(weight))
     if self.frozen is not None:
-        self.pipe.save_pretrained(folder)
+        with usual_modes(folder): self.pipe.save_pretrained(folder)
         return folder
     if not tuned_adapters(self.network): raise ValueError(f'{self.name} carries no adapter: there is nothing to save')
     tensors,config = lora_state(self.network)
     loader = self.pipe if 'save_lora_weights' in dir(self.pipe) else SanaLoraLoaderMixin # writes what any pipeline with a `transformer` would
-    loader.save_lora_weights(folder, **{f'{self.component}_lora_layers': tensors, f'{self.component}_lora_adapter_metadata': config})
+    with usual_modes(folder): loader.save_lora_weights(folder, **{f'{self.component}_lora_layers': tensors, f'{self.component}_lora_adapter_metadata': config})
     file = folder/'pytorch_lora_weights.safetensors'
     if config.get('auto_mapping'): _note(file, config['auto_mapping'])
     return file
@@ -338,6 +340,7 @@ def _note(file:Path, notes:dict[str,str])->None:
     with safe_open(file, 'pt') as f: metadata,tensors = f.metadata(),{k:f.get_tensor(k) for k in f.keys()}
     aside = file.with_name(file.name+'.part')
     save_file(tensors, aside, metadata={**metadata, **notes})
+    aside.chmod(new_file_mode(file.parent))
     aside.replace(file)
 
 # %% ../nbs/12_models.ipynb #f4e25ca4
@@ -410,7 +413,7 @@ class PixArtSigma(Model):
         path = super().save(folder, **options)
         if self.frozen is None:
             self.network.peft_config[the_tuned(self.network)].save_pretrained(folder)
-            save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
+            with usual_modes(folder): save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
         return path
 
 # %% ../nbs/12_models.ipynb #0543dded

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .adapters import usual_modes
 from .prompts import COLUMNS
 from .rewards import Reward, _clip_source, _open_clip_file, check_images, clip_preprocess, clip_reward, described, find_weights
 
@@ -378,7 +379,8 @@ def save_open_clip(
     if isinstance(tokenize, HFTokenizer): tokenize.tokenizer.save_pretrained(folder)
     sight = dict(size=look['size'], mean=list(look['mean']), std=list(look['std']), interpolation=look['interpolation'], resize_mode=look['fit'])
     (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=dict(model_cfg), preprocess_cfg=sight), indent=2)+'\n')
-    save_file({k:v.detach().contiguous().cpu() for k,v in clip.state_dict().items()}, folder/'open_clip_model.safetensors', metadata={'format':'pt'})
+    tensors = {k:v.detach().contiguous().cpu() for k,v in clip.state_dict().items()}
+    with usual_modes(folder): save_file(tensors, folder/'open_clip_model.safetensors', metadata={'format':'pt'})
     return folder
 
 # %% ../nbs/23_preferences.ipynb #5b5e44a1

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from .metrics import contrast, embed, interval, load_features, paired_interval, 
 from .models import check_prompts, load
 from .rewards import Reward, load_reward
 from .sampler import count_steps, sample_each
-from .train import check_state, markdown, write_aside
+from .train import markdown, read_checkpoint, write_aside
 from .values import is_number, is_whole, noise_seed, number, whole_number
 
 
@@ -571,11 +570,11 @@ def _lora_file(path:str|Path)->Path:
 @torch.no_grad()
 def _load_checkpoint(model, path:Path)->None:
     "The weights of a checkpoint, the averaged ones where they were averaged."
-    try: state = torch.load(path, map_location=model.device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e: raise ValueError(f'a checkpoint must be whole; {path}: {str(e).splitlines()[0]}') from e
-    kept = check_state(state, path).get('average') or state.get('parameters') or []
+    state = read_checkpoint(path, model.device)
+    kept = state.get('average') or state.get('parameters') or []
     if [p.shape for p in model.parameters()]!=[q.shape for q in kept]: raise ValueError(f'a checkpoint must hold the parameters of {model.name}; those of {path} differ in number or shape')
     for p,q in zip(model.parameters(), kept, strict=True): p.copy_(q)
+
 
 # %% ../nbs/32_sweep.ipynb #6747f45a
 def at_equal_diversity(

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .adapters import usual_modes
 from .tiny_data import Emoji, caption, draw_batch
 
 # %% ../nbs/51_tiny_model.ipynb #44e89fc0
@@ -306,7 +307,8 @@ def save_half(
     folder:str|Path, # Where the pipeline goes
 )->Path:
     "Save a pipeline with float16 weights that stock `from_pretrained` loads as float32."
-    pipe = pipe.to(torch.float16); pipe.save_pretrained(folder)
+    pipe = pipe.to(torch.float16)
+    with usual_modes(folder): pipe.save_pretrained(folder)
     config = Path(folder)/'text_encoder'/'config.json'
     config.write_text(json.dumps({**json.loads(config.read_text()), 'dtype':'float32'}, indent=2)+'\n')
     return Path(folder)

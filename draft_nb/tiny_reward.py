@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .adapters import usual_modes
 from .tiny_data import COLOURS, Caption, Emoji, STYLES, Picture, describe, draw_batch, load_emoji, paint, random_affine
 from .tiny_model import assemble, fit_boxed, fit_denoiser, fit_vae, make_text_encoder, make_tokenizer, save_half, token_ids
 
@@ -125,7 +126,7 @@ def save_clip(
     folder = Path(folder); tokenizer.save_pretrained(folder)
     (folder/'open_clip_config.json').write_text(json.dumps(clip_config(name, tokenizer), indent=2)+'\n')
     half = {k:(v.half() if v.is_floating_point() else v).contiguous().cpu() for k,v in clip.state_dict().items()}
-    save_file(half, folder/'open_clip_model.safetensors', metadata={'format':'pt'})
+    with usual_modes(folder): save_file(half, folder/'open_clip_model.safetensors', metadata={'format':'pt'})
     return folder
 
 # %% ../nbs/52_tiny_reward.ipynb #916d5704

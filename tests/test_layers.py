@@ -41,7 +41,7 @@ TABLE = {
     "metrics":     Row(21, "rewards", "torch transformers safetensors"),
     "prompts":     Row(22, "", ""),
     "preferences": Row(23, "rewards prompts", f"{LIGHT} open_clip"),
-    "train":       Row(30, "", f"{LIGHT} accelerate pandas diffusers pydantic", never="models rewards"),
+    "train":       Row(30, "", f"{LIGHT} accelerate pandas diffusers filelock pydantic", never="models rewards"),
     "export":      Row(31, "train", f"{LIGHT} diffusers huggingface_hub"),
     "sweep":       Row(32, "train", f"{LIGHT} pandas"),
     "plots":       Row(40, "", f"{LIGHT} pandas matplotlib"),
