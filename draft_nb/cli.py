@@ -519,6 +519,7 @@ def _filled(
             if isinstance(text, str) and (not text.strip() or '\0' in text): raise ValueError(f'{f.name} must not be empty, or hold a null character; got {text!r}')
     return flags
 
+# %% ../nbs/42_cli.ipynb #3e9b1a71
 @contextlib.contextmanager
 def heard()->list: # Filled by Ctrl-C
     "Inside the block Ctrl-C is noted, since a library may turn the exception that it raises into another one."
@@ -532,6 +533,7 @@ def heard()->list: # Filled by Ctrl-C
     finally:
         if ours: signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# %% ../nbs/42_cli.ipynb #3e9b1a73
 def one_line(
     text:str, # Of an exception, perhaps of a library that writes a page
 )->str:       # At most 1000 characters
@@ -540,6 +542,7 @@ def one_line(
     shown = ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
     return shown if len(shown)<=1000 else shown[:999]+'\u2026'
 
+# %% ../nbs/42_cli.ipynb #3e9b1a76
 def verdict(
     error:BaseException,
     flags=None, # Of the command, where they were understood
@@ -559,8 +562,8 @@ def _system_words(error:OSError, flags, text:str)->str:
     if error.strerror is None: return text or type(error).__name__
     if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return text
     given = {} if flags is None else {k:v for k,v in _flat(flags).items() if isinstance(v, str)}
-    if error.filename is None:
-        return f'output_dir must be on a disk with room; {given.get("output_dir") or "it"}: {error.strerror}'
+    if error.filename is None and not given: return f'standard output must take what is printed; {error.strerror}'
+    if error.filename is None: return f'output_dir must be on a disk with room; {given.get("output_dir") or "by default beside the run"}: {error.strerror}'
     file = Path(os.fsdecode(error.filename))
     name = next((k for k,v in given.items() if file==Path(v) or Path(v) in file.parents), None)
     said = one_line(f'{file}: {error.strerror}')
@@ -571,22 +574,32 @@ def _flat(flags)->dict:
     own = {f.name:getattr(flags, f.name) for f in fields(flags)}
     return {k:v for k,v in own.items() if not is_dataclass(v)} | {k:v for inner in own.values() if is_dataclass(inner) for k,v in _flat(inner).items()}
 
+# %% ../nbs/42_cli.ipynb #3e9b1a79
+@contextlib.contextmanager
+def _open_ends():
+    "Inside the block what is printed goes nowhere where the shell has closed an end (`>&-`)."
+    with contextlib.ExitStack() as ends:
+        nowhere = ends.enter_context(open(os.devnull, 'w'))
+        if sys.stdout is None: ends.enter_context(contextlib.redirect_stdout(nowhere))
+        if sys.stderr is None: ends.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
 def _flushed()->None:
     "What was printed has left; where it cannot, the rest goes nowhere, so that Python has nothing to complain about at its end."
-    if sys.stdout is None: return
     try: sys.stdout.flush()
     except OSError as e:
         with contextlib.suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError): raise
         raise OSError(f'standard output must take what is printed; {e.strerror}') from e
 
+# %% ../nbs/42_cli.ipynb #3e9b1a7b
 def main(
     argv:list[str]|None=None, # By default the command line
 )->int:                       # 0 only if the work was done; 2 for bad input, 1 for a fault in here, 130 after Ctrl-C, 141 where nobody reads on
     "The command `draft-nb`."
     argv = sys.argv[1:] if argv is None else list(argv)
     name,flags = argv[0] if argv else '',None
-    with heard() as interrupts, warnings.catch_warnings():
+    with heard() as interrupts, _open_ends(), warnings.catch_warnings():
         if not sys.warnoptions: warnings.simplefilter('ignore') # of libraries; an error is one line
         try:
             if not argv or name in ('-h','--help'):
@@ -607,6 +620,6 @@ def main(
             if os.environ.get('DRAFT_NB_DEBUG')=='1': traceback.print_exc()
             status,said = verdict(KeyboardInterrupt() if interrupts and not isinstance(e, KeyboardInterrupt) else e, flags)
             with contextlib.suppress(OSError): _flushed()
-        if said and sys.stderr is not None:
+        if said:
             with contextlib.suppress(OSError): print('draft-nb'+(f' {name}' if name in COMMANDS else '')+f': {said}', file=sys.stderr, flush=True)
         return status

@@ -427,8 +427,8 @@ class _Training:
         return tree_map(lambda v: whole(v, self.accelerator.is_main_process), state)
 
     def load(self, state:dict)->None:
-        n,params,optimizer = self.accelerator.num_processes,self.model.parameters(),state['optimizer']
         if missing:=[k for k in _kept if k not in state]: raise ValueError(f'a checkpoint must hold {", ".join(_kept)}; {missing[0]} is missing')
+        n,params,optimizer = self.accelerator.num_processes,self.model.parameters(),state['optimizer']
         shapes = [[tuple(t.shape) for t in ts] for ts in (params, state['parameters'])]
         if shapes[0]!=shapes[1]: raise ValueError(f'a checkpoint must hold the parameters of this model, {len(params)} tensors; its {len(state["parameters"])} differ in number or shape')
         if n!=state['processes']: raise ValueError(f'a resumed run must keep its number of processes, {state["processes"]}; got {n}')
@@ -722,6 +722,22 @@ def _judge_evaluation(run:_Training, row:dict, before:dict, now:dict, bar)->str:
     if 'judge' in now and now['judge']>=run.best['judge']: run.best = dict(now)
     return f'the judge was below its best in {run.worse} evaluations in a row while the reward rose' if c.patience and run.worse>=c.patience else ''
 
+# %% ../nbs/30_train.ipynb #4f2a6c14
+def about_run(
+    folder:Path, # Of a run
+)->dict:         # Empty where there is no `config.yaml`
+    "What a run was trained with, read from its `config.yaml`, with the kinds of values that others rely on."
+    path = folder/'config.yaml'
+    if not path.exists(): return {}
+    try: about = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e: raise ValueError(f'config.yaml must be YAML that can be read; {path}: {" ".join(str(e).split())}') from e
+    if not isinstance(about, dict): raise ValueError(f'config.yaml must hold names and values; {path} holds {"nothing" if about is None else type(about).__name__}')
+    for k in 'model','reward':
+        if k in about and not (isinstance(about[k], str) and about[k]): raise ValueError(f'{k} must be a text; {path} holds {about[k]!r}')
+    prompts = about.get('sample_prompts') or []
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts): raise ValueError(f'sample_prompts must be a list of texts; {path} holds {prompts!r}')
+    return about
+
 # %% ../nbs/30_train.ipynb #35ef4597
 def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     "Accelerator, optimizer and schedule."
@@ -748,21 +764,6 @@ def _prepare(model, reward, prompts:list[str], config:DRaFTConfig)->_Training:
     if log_with: acc.init_trackers('draft_nb', config={k:v for k,v in _plain(config).items() if isinstance(v, (int,float,str,bool))})
     return _Training(model, reward, prompts, config, acc, optimizer, schedule, average=average, kl_coeff=config.kl_coeff, plain=plain, outline=outline)
 
-def about_run(
-    folder:Path, # Of a run
-)->dict:         # Empty where there is no `config.yaml`
-    "What a run was trained with, read from its `config.yaml`, with the kinds of values that others rely on."
-    path = folder/'config.yaml'
-    if not path.exists(): return {}
-    try: about = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e: raise ValueError(f'config.yaml must be YAML that can be read; {path}: {" ".join(str(e).split())}') from e
-    if not isinstance(about, dict): raise ValueError(f'config.yaml must hold names and values; {path} holds {"nothing" if about is None else type(about).__name__}')
-    for k in 'model','reward':
-        if k in about and not (isinstance(about[k], str) and about[k]): raise ValueError(f'{k} must be a text; {path} holds {about[k]!r}')
-    prompts = about.get('sample_prompts') or []
-    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts): raise ValueError(f'sample_prompts must be a list of texts; {path} holds {prompts!r}')
-    return about
-
 def _begin_folder(folder:Path, model, reward, config:DRaFTConfig)->None:
     for sub in ('samples','checkpoints'): (folder/sub).mkdir(parents=True, exist_ok=True)
     about = dict(model=model.name, reward=getattr(reward, 'name', str(reward)), **_plain(config))
@@ -787,13 +788,14 @@ def _finish_folder(folder:Path, run:_Training, rows, before, after, prompts, bas
     _save_pictures(folder/'before_after.png', prompts, base, tuned, base_rewards, rewards)
     write_aside(folder/'README.md', lambda p: p.write_text(model_card(run.model, run.reward, replace(run.config, sample_prompts=tuple(prompts)), before, after)))
 
-# %% ../nbs/30_train.ipynb #21e6b99b
+# %% ../nbs/30_train.ipynb #4f2a6c11
 def markdown(
     text:str, # For example a name that somebody chose
 )->str:       # The same text where Markdown is shown
     "A text on one line, with a backslash before each character that Markdown or HTML would act on."
     return re.sub(r'([\\`*_\[\]<>&|~$])', r'\\\1', ' '.join(text.split()))
 
+# %% ../nbs/30_train.ipynb #21e6b99b
 def model_card(
     model, reward, config:DRaFTConfig,
     before:dict[str,float], after:dict[str,float], # Means, see `evaluate`
