@@ -22,7 +22,7 @@ from typing import get_type_hints
 
 import yaml
 
-from .prompts import read_prompts
+from .prompts import read_and_count, read_prompts
 
 # %% ../nbs/42_cli.ipynb #3bbffe9e
 def flag_types(
@@ -125,8 +125,8 @@ def train_flags()->type:
         reward:str='tiny'            # A reward, or a combination such as "0.7*tiny + 0.3*tiny-judge"
         normalize:str|None=None      # base: standardise every part of the reward by its mean and deviation on the base's pictures
         judge:str|None=None          # A reward that is only measured; none for none; by default tiny-judge for tiny
-        prompts:str|None=None        # File of prompts: .txt, .csv, .jsonl, .parquet or a .tar of texts; by default those of tiny
-        prompt_column:str|None=None  # Of a table of prompts; by default prompt, caption or text, else the first
+        prompts:str|None=None        # File of prompts: .txt, .csv, .jsonl, .parquet, .tar, any .gz, or a folder of .txt; by default those of tiny
+        prompt_column:str|None=None  # Column of a table of prompts, its number if there is no header; by default what is called prompt, caption or text
         run:DRaFTConfig=DRaFTConfig(output_dir=str(new_folder()))
     return Train
 
@@ -142,7 +142,8 @@ def train(
     from draft_nb.train import fit
     config,tiny = flags.run,flags.model=='tiny'
     if not flags.prompts and not tiny: raise ValueError(f'prompts must be given for {flags.model}: a file, for example one prompt a line')
-    prompts = read_prompts(flags.prompts or asset('prompts.txt'), flags.prompt_column)
+    prompts,counts = read_and_count(flags.prompts or asset('prompts.txt'), flags.prompt_column)
+    if int(os.environ.get('RANK', 0))==0: print(counts)
     if tiny and not config.sample_prompts: config = replace(config, sample_prompts=tuple(read_prompts(asset('test_prompts.txt'))))
     if (Path(config.output_dir)/'config.yaml').exists() and not config.resume:
         raise ValueError(f'output_dir must be new, or --resume given; {config.output_dir} holds a run')
@@ -228,7 +229,7 @@ class Sweep:
     scales:str|None=None                # LoRA scales to compare with, separated by commas, for example 0.25,0.5
     seeds:int=8                         # Pictures of each prompt, at least 2
     prompts:str|None=None               # File of prompts; by default those of the run's evaluations
-    prompt_column:str|None=None         # Of a table of prompts; by default prompt, caption or text, else the first
+    prompt_column:str|None=None         # Column of a table of prompts, its number if there is no header; by default what is called prompt, caption or text
     model:str|None=None                 # The base; by default the one that the run names
     reward:str|None=None                # That was trained against; by default the run's
     judge:str|None=None                 # A reward that was not; by default tiny-judge for tiny
@@ -281,7 +282,10 @@ def _about(run:Path)->dict:
 
 def _sweep_prompts(args:Sweep, about:dict, source:str)->list[str]:
     "What to draw, best what was not trained on."
-    if args.prompts: return read_prompts(args.prompts, args.prompt_column)
+    if args.prompts:
+        prompts,counts = read_and_count(args.prompts, args.prompt_column)
+        print(counts)
+        return prompts
     if about.get('sample_prompts'): return list(about['sample_prompts'])
     if source!='tiny': raise ValueError(f'prompts must be given: a file, for example one prompt a line; {args.run} names none that were held out')
     from draft_nb.models import asset
