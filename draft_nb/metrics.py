@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['diversity', 'vendi', 'load_lpips', 'lpips_diversity', 'load_features', 'embed', 'overlap', 'frechet', 'kid', 'drift',
-           'interval', 'paired_interval', 'pareto', 'saturation', 'contrast']
+           'interval', 'paired_interval', 'pareto', 'saturation', 'contrast', 'texture']
 
 # %% ../nbs/21_metrics.ipynb #89c088a7
 import json
@@ -337,3 +337,12 @@ def contrast(
     check_images(images, ['']*len(images))
     luma = torch.einsum('bchw,c->bhw', images.float(), torch.tensor([.2126,.7152,.0722], device=images.device))
     return luma.flatten(1).std(1, correction=0)
+
+def texture(
+    images:Tensor, # (B,3,H,W) in [0,1]
+)->Tensor:         # (B,) in [0,1]: 0 is smooth, 1 a chessboard of single pixels; neither is better, the base's is the reference
+    "Mean over the pixels of the distance to the mean of the four neighbours: a quarter of the absolute Laplacian."
+    check_images(images, ['']*len(images))
+    x = F.pad(images.float(), (1,1,1,1), mode='replicate')
+    beside = x[...,1:-1,:-2]+x[...,1:-1,2:]+x[...,:-2,1:-1]+x[...,2:,1:-1]
+    return (images.float()-beside/4).abs().mean((1,2,3))

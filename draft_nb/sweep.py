@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .adapters import WEIGHT_KEY, lora_layers
 from .anneal import parse_weight, weight_name, weights_at
-from .metrics import contrast, embed, interval, load_features, paired_interval, pareto, saturation, vendi
+from .metrics import contrast, embed, interval, load_features, paired_interval, pareto, saturation, texture, vendi
 from .models import check_prompts, load
 from .rewards import Reward, load_reward
 from .sampler import count_steps, sample_each
@@ -96,7 +96,7 @@ def judged(
     return found
 
 KEYS = ('run','weight','scale','prompt','seed') # Columns that say what a picture is; all others are measured
-MEASURED = ('diversity','vendi','saturation','contrast') # Beside the rewards
+MEASURED = ('diversity','vendi','saturation','contrast','texture') # Beside the rewards
 _taken = {*KEYS, *MEASURED, 'name'}
 
 # %% ../nbs/32_sweep.ipynb #1eeef65f
@@ -237,7 +237,7 @@ def _scored(
 )->tuple[list[dict],np.ndarray]: # A dict a picture; (B,D) features of unit length, float16
     "All that is known of a picture by itself."
     x = images.to(device)
-    measured = {r.name:r(x, prompts).cpu() for r in rewards} | dict(saturation=saturation(images), contrast=contrast(images))
+    measured = {r.name:r(x, prompts).cpu() for r in rewards} | dict(saturation=saturation(images), contrast=contrast(images), texture=texture(images))
     rows = [{k:v[j].item() for k,v in measured.items()} for j in range(len(images))]
     return rows,_half(embed(x, look, len(images)))
 
@@ -272,7 +272,7 @@ def sweep(
     scales:Sequence[float]=(),   # Also the aligned model with its LoRA so much stronger
     chunk:int=48,                # Pictures in a batch
     progress:bool=True,          # Show a bar
-)->pd.DataFrame:                 # A row a picture: weight, scale, prompt, seed, the rewards (trained, judge, others), diversity, vendi, saturation, contrast
+)->pd.DataFrame:                 # A row a picture: weight, scale, prompt, seed, the rewards (trained, judge, others), diversity, vendi, saturation, contrast, texture
     "Every weight on the same noise, scored."
     prompts,points,seeds = _unlike(prompts),_points(weights, scales),_seeds(seeds)
     if not isinstance(chunk, int) or chunk<1: raise ValueError(f'chunk must be a whole number, at least 1; got {chunk!r}')

@@ -51,7 +51,7 @@ def drawn(monkeypatch):
 
 def test_every_weight_sees_the_same_noise(model, rewards, table):
     "Each row is the picture that `sample` draws alone from that seed, scored with its own prompt."
-    assert list(table.columns) == ["weight", "scale", "prompt", "seed", "tiny", "tiny-judge", "diversity", "vendi", "saturation", "contrast"]
+    assert list(table.columns) == ["weight", "scale", "prompt", "seed", "tiny", "tiny-judge", "diversity", "vendi", "saturation", "contrast", "texture"]
     assert len(table) == 5*2*2 and not table.isna().any().any()
     assert list(table[:4].prompt) == [PROMPTS[0]]*2+[PROMPTS[1]]*2 and list(table[:4].seed) == [0, 1, 0, 1]
     for weight, scale in (("base", 1), ("linear", 1), ("step_0.5", 1), ("draft", 1), ("draft", .5)):
