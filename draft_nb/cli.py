@@ -125,8 +125,8 @@ def train_flags()->type:
         reward:str='tiny'            # A reward, or a combination such as "0.7*tiny + 0.3*tiny-judge"
         normalize:str|None=None      # base: standardise every part of the reward by its mean and deviation on the base's pictures
         judge:str|None=None          # A reward that is only measured; none for none; by default tiny-judge for tiny
-        prompts:str|None=None        # File of prompts: .txt, .csv, .jsonl, .parquet, .tar, any .gz, or a folder of .txt; by default those of tiny
-        prompt_column:str|None=None  # Column of a table of prompts, its number if there is no header; by default what is called prompt, caption or text
+        prompts:str|None=None        # File (.txt, .csv, .jsonl, .parquet, .tar, .gz) or folder of prompts; by default those of tiny
+        prompt_column:str|None=None  # Column of a table of prompts, a number without header; by default called prompt, caption or text
         run:DRaFTConfig=DRaFTConfig(output_dir=str(new_folder()))
     return Train
 
@@ -229,7 +229,7 @@ class Sweep:
     scales:str|None=None                # LoRA scales to compare with, separated by commas, for example 0.25,0.5
     seeds:int=8                         # Pictures of each prompt, at least 2
     prompts:str|None=None               # File of prompts; by default those of the run's evaluations
-    prompt_column:str|None=None         # Column of a table of prompts, its number if there is no header; by default what is called prompt, caption or text
+    prompt_column:str|None=None         # Column of a table of prompts, a number without header; by default called prompt, caption or text
     model:str|None=None                 # The base; by default the one that the run names
     reward:str|None=None                # That was trained against; by default the run's
     judge:str|None=None                 # A reward that was not; by default tiny-judge for tiny

@@ -53,7 +53,8 @@ def _rgb(
     if picture.mode[0] in 'IF': # whole numbers of 16 bits, or fractions
         top = 1 if picture.mode=='F' else 65535
         grey = torch.from_numpy(np.array(picture, dtype=np.float32)/top)
-        if not (grey.min()>=0 and grey.max()<=1): raise ValueError(f'it must hold grey levels in 0..{top}; got {grey.min()*top:.4g} to {grey.max()*top:.4g}')
+        low,high = grey.min().item()*top,grey.max().item()*top
+        if not (low>=0 and high<=top): raise ValueError(f'it must hold grey levels in 0..{top}; got {low:.6g} to {high:.6g}')
         return grey[...,None].expand(-1, -1, 3)
     if picture.has_transparency_data:
         picture = picture.convert('RGBA')

@@ -22,10 +22,11 @@ from pathlib import Path
 COLUMNS = ('prompt','prompts','caption','text') # Names that a column of prompts goes by, the best first
 _words = ('prompt','caption','text')
 _before = set('negative neg uncond unconditional system num n number count has is no non without'.split()) # negative_prompt, num_prompts
-_after = set('''id ids idx index key uid uuid hash md5 sha no nr num number count n length len size token tokens type kind category class label tag source src
-    model url uri link path file filename folder dir image img embedding embeddings embed emb vector feature features score scores rating ratings rank similarity
-    sim lang language locale color colour font box boxes bbox mask style seed time date version author user license licence strength weight weights prefix
-    suffix template'''.split()) # prompt_id, text_length
+_after = set('''
+    id ids idx index key uid uuid hash md5 sha no nr num number count n length len size token tokens type kind category class label tag
+    source src model url uri link path file filename folder dir image img embedding embeddings embed emb vector feature features score scores
+    rating ratings rank similarity sim lang language locale color colour font box boxes bbox mask style seed time date version author user
+    license licence strength weight weights prefix suffix template'''.split()) # prompt_id, text_length
 
 def _rank(
     name:str, # A column's name
@@ -64,8 +65,9 @@ def pick_column(
         if len(found)>1: raise ValueError(f'prompt_column must name one column of {path}; {len(found)} of {listed} are called {column!r}')
         return found[0]
     found = _best(names)
-    if not found: raise ValueError(f'prompt_column must name a column of {path}, as none is called prompt, caption or text; it has {listed}')
-    if len(found)>1: raise ValueError(f'prompt_column must name a column of {path}, as {" and ".join(n.strip() for n in found)} are equally good')
+    rule = f'prompt_column must name a column of {path}'
+    if not found: raise ValueError(f'{rule}, as none is called prompt, caption or text; it has {listed}')
+    if len(found)>1: raise ValueError(f'{rule}, as {" and ".join(n.strip() for n in found)} are equally good; it has {listed}')
     return found[0]
 
 # %% ../nbs/22_prompts.ipynb #72665ffd
@@ -86,7 +88,8 @@ def _decoded(
     try: text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         line = data.count(b'\n', 0, e.start)+1
-        raise ValueError(f'prompts must be a text file; {what} is not UTF-8 text: line {line} holds the byte 0x{data[e.start]:02x}') from None
+        where = f'line {line} holds the byte 0x{data[e.start]:02x}'
+        raise ValueError(f'prompts must be a text file; {what} is not UTF-8 text: {where}') from None
     if '\0' in text: raise ValueError(f'prompts must be a text file; {what} is binary')
     return text.replace('\r\n', '\n').replace('\r', '\n')
 
@@ -108,9 +111,10 @@ def _folder(path:Path, column:str|None)->tuple[list,str]:
     if column is not None: raise ValueError(f'prompt_column is for tables; {path} is a folder of texts')
     there = [f for f in path.iterdir() if f.is_file() and not f.name.startswith('.')]
     texts = {f:_text(f).strip() for f in sorted(there, key=_by_number) if _ending(f)=='.txt'}
-    if not texts: raise ValueError(f'prompts must be a file, or a folder of .txt files with one prompt each; {path} is a folder without any')
+    if not texts: raise ValueError(f'prompts must be a file, or a folder of .txt with one prompt each; {path} is a folder without any')
     for f,text in texts.items():
-        if '\n' in text: raise ValueError(f'prompts in a folder must be one a file; {f} holds {len(text.splitlines())} lines. Name the file itself for one prompt a line')
+        lines = len(text.split('\n'))
+        if lines>1: raise ValueError(f'prompts in a folder must be one a file; {f} has {lines} lines. If these are prompts, name the file')
     return list(texts.values()),''
 
 # %% ../nbs/22_prompts.ipynb #a63dadec
@@ -118,7 +122,9 @@ def _grid(
     text:str, separator:str,
 )->list[list[str]]: # Rows that are not blank
     "The cells of a table."
-    def rows(**rules): return [r for r in csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True, **rules) if any(c.strip() for c in r)]
+    def rows(**rules):
+        found = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True, **rules)
+        return [r for r in found if any(c.strip() for c in r)]
     def torn(r): return any(c.startswith('"') and c.count('"')%2 for c in r) # in the middle of a quoted cell
     literal = rows(quoting=csv.QUOTE_NONE)
     even = len({len(r) for r in literal})==1
@@ -145,7 +151,9 @@ def table_rows(
     if not fitting: return _grid(text, '\x1f')
     best = max(fitting, key=lambda g: (even(g), len(g[0])))
     for k,r in enumerate(best, 1):
-        if len(r)>len(best[0]): raise ValueError(f'rows must have as many cells as the first; row {k} of {path} has {len(r)} cells, the first has {len(best[0])}: {" | ".join(r)[:80]!r}')
+        if len(r)<=len(best[0]): continue
+        what = f'row {k} of {path} has {len(r)} cells, the first has {len(best[0])}: {" | ".join(r)[:80]!r}'
+        raise ValueError(f'rows must have as many cells as the first; {what}')
     return best
 
 # %% ../nbs/22_prompts.ipynb #3946357b
@@ -167,13 +175,16 @@ def _heading(grid:list[list[str]], column:str|None, path:Path)->tuple[int,bool]:
     "Where the prompts are, and whether the first row is a header."
     names = [c.strip() for c in grid[0]]
     if column is not None and column.isdecimal() and column not in names:
-        if not 1<=int(column)<=len(names): raise ValueError(f'prompt_column must be a name, or a number in 1..{len(names)} where {path} has no header; got {column}')
+        n = len(names)
+        rule = f'prompt_column must be a name, or a number in 1..{n} where {path} has no header'
+        if not 1<=int(column)<=n: raise ValueError(f'{rule}; got {column}')
         return int(column)-1,False
     if column is None and (at:=_bare(grid)) is not None: return at,False
     known = column is not None or _best(names) and not (len(names)==1 and ' ' in names[0]) # one cell of several words may be a prompt
     if not known:
         listed = ', '.join(n[:60] for n in names)
-        raise ValueError(f'prompt_column must name a column of {path}, as none is called prompt, caption or text; it has {listed}. Where these are no header, give a number, 1 to {len(names)}')
+        raise ValueError(f'prompt_column must name a column of {path}, as none is called prompt, caption or text; it has {listed}. '
+                         f'Where these are no header, give a number, 1 to {len(names)}')
     return names.index(pick_column(names, column, path)),True
 
 def _table(path:Path, column:str|None)->tuple[list,str]:
@@ -217,7 +228,8 @@ def _parquet(path:Path, column:str|None)->tuple[list,str]:
         with _opened(path) as data, parquet.ParquetFile(io.BytesIO(data.read()) if path.suffix=='.gz' else path) as file:
             name = pick_column(file.schema_arrow.names, column, path)
             return file.read(columns=[name])[name].to_pylist(),name
-    except (pyarrow.ArrowException, OSError) as e: raise ValueError(f'prompts must be a whole parquet file; {path}: {str(e).splitlines()[0]}') from None
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f'prompts must be a whole parquet file; {path}: {str(e).splitlines()[0]}') from None
 
 def check_end(
     archive:tarfile.TarFile, # Read to where its reader found an end
@@ -235,13 +247,15 @@ def _members(archive:tarfile.TarFile, column:str|None, path:Path)->tuple[list[st
     endings = list(dict.fromkeys(ending(m) for m in members))
     if column is None: wanted = next((e for e in ('txt',*COLUMNS,'json') if e in endings), None)
     else: wanted = 'json' if column not in endings and 'json' in endings else pick_column(endings, column, path)
-    if wanted is None: raise ValueError(f'prompts must be .txt or .json members of an archive; {path} holds {", ".join(endings) or "nothing"}')
+    there = ', '.join(endings) or 'nothing'
+    if wanted is None: raise ValueError(f'prompts must be .txt or .json members of an archive; {path} holds {there}')
     return [_decoded(archive.extractfile(m).read(), f'{m.name} in {path}') for m in members if ending(m)==wanted],wanted
 
 def _tar(path:Path, column:str|None)->tuple[list,str]:
     try:
         with tarfile.open(path) as archive: texts,wanted = _members(archive, column, path)
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e: raise ValueError(f'prompts must be a whole tar archive; {path}: {e}') from None
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        raise ValueError(f'prompts must be a whole tar archive; {path}: {e}') from None
     if wanted!='json': return texts,wanted
     return _objects([_parsed(t, path) for t in texts], None if column=='json' else column, path)
 
@@ -266,8 +280,8 @@ def read_and_count(
     return prompts,said+(f', {missing} rows without a text' if missing else '')+(f' (column {where})' if where else '')
 
 def read_prompts(
-    path:str|Path,          # .txt with a prompt a line, .csv, .tsv, .json, .jsonl, .parquet, any of them .gz; a webdataset .tar; or a folder of .txt with one prompt each
-    column:str|None=None,   # Column of a table (its number from 1, if it has no header), key of an object, ending of a member; by default what is called prompt, caption or text
+    path:str|Path,          # .txt (a prompt a line), .csv, .tsv, .json, .jsonl, .parquet, .tar, any .gz; or a folder of .txt, a prompt each
+    column:str|None=None,   # Column (its number, without header), key, or member's ending; by default called prompt, caption or text
 )->list[str]:               # At least one, stripped, in the file's order
     "Prompts from a file or a folder."
     return read_and_count(path, column)[0]

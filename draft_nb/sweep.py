@@ -237,7 +237,8 @@ def _scored(
 )->tuple[list[dict],np.ndarray]: # A dict a picture; (B,D) features of unit length, float16
     "All that is known of a picture by itself."
     x = images.to(device)
-    measured = {r.name:r(x, prompts).cpu() for r in rewards} | dict(saturation=saturation(images), contrast=contrast(images), texture=texture(images))
+    measured = {r.name:r(x, prompts).cpu() for r in rewards}
+    measured |= dict(saturation=saturation(images), contrast=contrast(images), texture=texture(images))
     rows = [{k:v[j].item() for k,v in measured.items()} for j in range(len(images))]
     return rows,_half(embed(x, look, len(images)))
 
@@ -272,7 +273,7 @@ def sweep(
     scales:Sequence[float]=(),   # Also the aligned model with its LoRA so much stronger
     chunk:int=48,                # Pictures in a batch
     progress:bool=True,          # Show a bar
-)->pd.DataFrame:                 # A row a picture: weight, scale, prompt, seed, the rewards (trained, judge, others), diversity, vendi, saturation, contrast, texture
+)->pd.DataFrame:                 # A row a picture: weight, scale, prompt, seed, the rewards (trained, judge, others), and `MEASURED`
     "Every weight on the same noise, scored."
     prompts,points,seeds = _unlike(prompts),_points(weights, scales),_seeds(seeds)
     if not isinstance(chunk, int) or chunk<1: raise ValueError(f'chunk must be a whole number, at least 1; got {chunk!r}')

@@ -89,7 +89,7 @@ class DRaFTConfig:
     patience:int|None=None                  # End after so many evaluations in a row with a better reward and a worse judge; by default never
     diversity_floor:float=.5                # Warn below this share of the base's diversity
     drift:float=.3                          # Warn when saturation, contrast or texture leave the base's by more than this share
-    features:str|None=None                  # What sees the diversity, see `load_features`; by default the judge, the reward, or else the embedded tiny-judge
+    features:str|None=None                  # What sees the diversity, see `load_features`; by default judge, reward, or else tiny-judge
     log_with:str|None=None                  # Anything that accelerate tracks with, or none; by default tensorboard where it is installed
 
     def __post_init__(self):
@@ -646,7 +646,8 @@ def fit(
     _check_together(run)
     if config.offload_text_encoders: model.park_text_encoders([*prompts, *test])
     networks = [model.pipe.vae] if config.sharded else [model.network, run.plain, model.pipe.vae]
-    with freed_memory_kept(), channels_last(*[n for n in networks if n is not None]): return _learn(run, test, judge, eyes, on_step, progress)
+    with freed_memory_kept(), channels_last(*[n for n in networks if n is not None]):
+        return _learn(run, test, judge, eyes, on_step, progress)
 
 # %% ../nbs/30_train.ipynb #34c1eac5
 def _learn(run:_Training, test:list[str], judge, eyes:Callable, on_step, progress:bool)->Run:
@@ -655,7 +656,9 @@ def _learn(run:_Training, test:list[str], judge, eyes:Callable, on_step, progres
     rows = [r for r in read_history(folder) if r['step']<=run.step] if config.resume else []
     def look(weight):
         if not (main or config.sharded): return {},None,None
-        with _Averaged(run): return evaluate(model, reward, test, judge=judge, weight=weight, seeds=config.sample_seeds, steps=config.num_inference_steps, guidance_scale=config.guidance_scale, guidance_interval=config.guidance_interval, features=eyes)
+        guidance = dict(guidance_scale=config.guidance_scale, guidance_interval=config.guidance_interval)
+        options = dict(seeds=config.sample_seeds, steps=config.num_inference_steps, features=eyes, **guidance)
+        with _Averaged(run): return evaluate(model, reward, test, judge=judge, weight=weight, **options)
     before,base_images,base_rewards = look('base')
     run.best = run.best or dict(before)
     after,ending = (None if run.step<config.max_steps else look('draft')),''

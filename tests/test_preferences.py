@@ -175,7 +175,8 @@ def test_pictures_are_turned_upright(tmp_path, orientation, kind):
     undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # how the camera held it: the inverse of what EXIF asks for
     lying, exif = corners() if undo is None else corners().transpose(Image.Transpose(undo)), Image.Exif()
     exif[0x0112] = orientation
-    data = stored(lying, kind, exif=exif, **(dict(quality=100, subsampling=0) if kind == "JPEG" else dict(lossless=True) if kind == "WEBP" else {}))
+    options = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
+    data = stored(lying, kind, exif=exif, **options)
     (tmp_path / "p").write_bytes(data)
     meant = torch.from_numpy(np.array(corners())).permute(2, 0, 1) / 255
     for given_as in (data, tmp_path / "p", str(tmp_path / "p"), lambda: data, Image.open(io.BytesIO(data))):
@@ -194,7 +195,8 @@ def test_sixteen_bits_keep_their_levels(kind):
 
 def test_fractions_are_read_and_other_ranges_refused():
     levels = np.array([[0, .25, 1]], np.float32)
-    torch.testing.assert_close(open_picture(stored(Image.fromarray(levels), "TIFF")), torch.from_numpy(levels).expand(3, 1, 3), atol=1e-6, rtol=0)
+    got = open_picture(stored(Image.fromarray(levels), "TIFF"))
+    torch.testing.assert_close(got, torch.from_numpy(levels).expand(3, 1, 3), atol=1e-6, rtol=0)
     for wrong in (levels * 255, levels - 1, levels * float("nan"), np.array([[70000]], np.int32), np.array([[-1]], np.int32)):
         with pytest.raises(ValueError, match="it must hold grey levels in 0..(1|65535)"):
             open_picture(Image.fromarray(wrong))
@@ -227,16 +229,20 @@ def test_what_is_transparent_is_laid_on_white_and_said(mode):
 
 def test_half_transparent_is_half_white_and_opaque_is_silent(recwarn):
     assert open_picture(Image.new("RGBA", (1, 1), (255, 0, 0, 255))).flatten().tolist() == [1, 0, 0] and not recwarn
-    torch.testing.assert_close(open_picture(Image.new("RGBA", (1, 1), (255, 0, 0, 128))).flatten(), torch.tensor([1, .5, .5]), atol=.01, rtol=0)
+    half = open_picture(Image.new("RGBA", (1, 1), (255, 0, 0, 128)))
+    torch.testing.assert_close(half.flatten(), torch.tensor([1, .5, .5]), atol=.01, rtol=0)
 
 
-@pytest.mark.parametrize("mode, colour, meant", [("L", 51, (.2, .2, .2)), ("1", 1, (1, 1, 1)), ("CMYK", (0, 255, 255, 0), (1, 0, 0)), ("YCbCr", (255, 128, 128), (1, 1, 1)),
-                                                 ("P", 0, (0, 0, 1))])
+@pytest.mark.parametrize("mode, colour, meant", [
+    ("L", 51, (.2, .2, .2)), ("1", 1, (1, 1, 1)), ("CMYK", (0, 255, 255, 0), (1, 0, 0)), ("YCbCr", (255, 128, 128), (1, 1, 1)),
+    ("P", 0, (0, 0, 1)),
+])
 def test_other_modes(mode, colour, meant):
     image = Image.new(mode, (4, 4), colour)
     if mode == "P":
         image.putpalette([0, 0, 255])
-    for given_as in (image, stored(image, "JPEG", quality=100) if mode in ("L", "CMYK", "YCbCr") else stored(image, "PNG") if mode in ("1", "P") else image):
+    file = stored(image, "PNG") if mode in ("1", "P") else stored(image, "JPEG", quality=100)
+    for given_as in (image, file):
         torch.testing.assert_close(open_picture(given_as).mean((1, 2)), torch.tensor(meant, dtype=torch.float32), atol=.02, rtol=0)
 
 
@@ -247,7 +253,9 @@ def test_a_picture_that_was_cut_short_is_refused():
 
 def test_a_table_of_pairs_is_read_as_a_table_of_prompts(tmp_path):
     write(tmp_path, ".csv")
-    for text in ("prompt;image_0;image_1;label\na fox, running;r.png;b.png;1\n", 'prompt, image_0, image_1, label\n"a fox, running", r.png, b.png, 1\n'):
+    semicolons = "prompt;image_0;image_1;label\na fox, running;r.png;b.png;1\n"
+    spaces = 'prompt, image_0, image_1, label\n"a fox, running", r.png, b.png, 1\n'
+    for text in (semicolons, spaces):
         (tmp_path / "pairs.csv").write_text(text)
         assert [(p.prompt, p.label) for p in read_pairs(tmp_path / "pairs.csv")] == [("a fox, running", 1.)]
     (tmp_path / "pairs.csv").write_text("prompt,image_0,image_1,label\na fox, running,r.png,b.png,1\n")

@@ -117,9 +117,10 @@ def test_the_embedded_ones():
 
 # as published: the heads of evaluation files
 
-COUNTING = """{"tag": "counting", "include": [{"class": "cat", "count": 3}], "exclude": [{"class": "cat", "count": 4}], "t2i_prompt": "a photo of three cats"}
-{"tag": "counting", "include": [{"class": "skis", "count": 3}], "exclude": [{"class": "skis", "count": 4}], "t2i_prompt": "a photo of three skises"}
-"""
+COUNTING = [
+    dict(tag="counting", include=[{"class": "cat", "count": 3}], exclude=[{"class": "cat"}], t2i_prompt="a photo of three cats"),
+    dict(tag="counting", include=[{"class": "skis", "count": 3}], exclude=[{"class": "skis"}], t2i_prompt="a photo of three skises"),
+]
 GIGGLE = '"G I G G L E" painted in thick colorful lettering as graffiti on a faded red brick wall with a splotch of exploding white paint.'
 PARTI = f"""Prompt\tCategory\tChallenge\tNote
 bond\tAbstract\tBasic\tBiology-inspired concepts with multiple meanings
@@ -133,18 +134,22 @@ def test_published_files(tmp_path):
     def at(name, text):
         (tmp_path / name).write_text(text)
         return tmp_path / name
-    assert read_prompts(at("counting.jsonl", COUNTING)) == ["a photo of three cats", "a photo of three skises"]
+    assert read_prompts(at("counting.jsonl", "\n".join(map(json.dumps, COUNTING)))) == ["a photo of three cats", "a photo of three skises"]
     assert read_prompts(at("parti.tsv", PARTI)) == ["bond", "bias", GIGGLE]
-    assert read_prompts(at("geneval.jsonl", '{"tag": "single_object", "include": [], "prompt": "a photo of a bench"}')) == ["a photo of a bench"]
+    geneval = at("geneval.jsonl", '{"tag": "single_object", "include": [], "prompt": "a photo of a bench"}')
+    assert read_prompts(geneval) == ["a photo of a bench"]
     assert read_prompts(at("ranked.json", json.dumps(RANKED))) == ["a portal in a forest, warm light"]
     draw = at("draw.txt", "Artophagous.\nA red colored car.\n\nArtophagous.\n")
     assert read_and_count(draw) == (["Artophagous.", "A red colored car.", "Artophagous."], "prompts: 3 read, 1 alike")
 
 
 @pytest.mark.parametrize("names, best", [
-    ("tag include exclude t2i_prompt", "t2i_prompt"), ("id caption_en", "caption_en"), ("id prompt_text", "prompt_text"), ("text_prompt id", "text_prompt"),
-    ("prompt_id caption", "caption"), ("negative_prompt prompt", "prompt"), ("negative_prompt text", "text"), ("system_prompt caption", "caption"),
-    ("PROMPT text", "PROMPT"), ("promptText id", "promptText"), ("image_caption caption_length", "image_caption"), ("URL TEXT", "TEXT"), ("prompts prompt", "prompt"),
+    ("tag include exclude t2i_prompt", "t2i_prompt"), ("id caption_en", "caption_en"), ("id prompt_text", "prompt_text"),
+    ("text_prompt id", "text_prompt"),
+    ("prompt_id caption", "caption"), ("negative_prompt prompt", "prompt"), ("negative_prompt text", "text"),
+    ("system_prompt caption", "caption"),
+    ("PROMPT text", "PROMPT"), ("promptText id", "promptText"), ("image_caption caption_length", "image_caption"), ("URL TEXT", "TEXT"),
+    ("prompts prompt", "prompt"),
     ("t2i_prompt caption", "t2i_prompt"), ("has_text text_color alt_text", "alt_text"),
 ])
 def test_the_column_is_found_by_its_words(names, best):
@@ -152,8 +157,10 @@ def test_the_column_is_found_by_its_words(names, best):
 
 
 @pytest.mark.parametrize("names, why", [
-    ("id words", "it has id, words"), ("caption_en caption_zh", "caption_en and caption_zh are equally good"), ("prompt Prompt", "prompt and Prompt are equally good"),
-    ("prompt_id text_length", "it has prompt_id, text_length"), ("negative_prompt", "it has negative_prompt"), ("context pretext", "it has context, pretext"),
+    ("id words", "it has id, words"), ("caption_en caption_zh", "caption_en and caption_zh are equally good"),
+    ("prompt Prompt", "prompt and Prompt are equally good"),
+    ("prompt_id text_length", "it has prompt_id, text_length"), ("negative_prompt", "it has negative_prompt"),
+    ("context pretext", "it has context, pretext"),
 ])
 def test_a_column_is_never_guessed(names, why):
     with pytest.raises(ValueError, match=f"prompt_column must name a column of f, .*{why}"):
@@ -191,7 +198,8 @@ def test_tables_as_people_write_them(tmp_path, name, text, expected, packed):
 @pytest.mark.parametrize("text, message", [
     ("id,words\n1,a fox\n", "none is called prompt, caption or text; it has id, words"),
     ("animal,a fox\nflower,a rose\n", "it has animal, a fox. Where these are no header, give a number, 1 to 2"),
-    ("a fox\na rose\n", "it has a fox"), ("neon text\na rose\n", "it has neon text"), ("animal,neon text\nplant,a rose\n", "it has animal, neon text"),
+    ("a fox\na rose\n", "it has a fox"), ("neon text\na rose\n", "it has neon text"),
+    ("animal,neon text\nplant,a rose\n", "it has animal, neon text"),
     ("a red fox runs through snow, watercolor\na blue rose in a vase, oil\n", "it has a red fox runs through snow, watercolor"),
     ("id,prompt\n1,a fox, running\n", "row 2 of .* has 3 cells, the first has 2"),
     ("prompt,prompt\na fox,a rose\n", "prompt and prompt are equally good"),
@@ -221,11 +229,11 @@ def test_a_folder_of_texts(tmp_path):
     (tmp_path / "3.txt.gz").write_bytes(gzip.compress(b"packed"))
     (tmp_path / ".4.txt").write_bytes(b"\xff")
     (tmp_path / "0.png").write_bytes(b"\x89")
-    assert read_prompts(tmp_path) == ["An expansive field, 0.", "An expansive field, 1.", "An expansive field, 2.", "packed", "An expansive field, 10."]
+    assert read_prompts(tmp_path) == [*(f"An expansive field, {number}." for number in (0, 1, 2)), "packed", "An expansive field, 10."]
     with pytest.raises(ValueError, match="prompt_column is for tables"):
         read_prompts(tmp_path, "prompt")
     (tmp_path / "5.txt").write_text("a fox\na rose\n")
-    with pytest.raises(ValueError, match="5.txt holds 2 lines"):
+    with pytest.raises(ValueError, match="5.txt has 2 lines"):
         read_prompts(tmp_path)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.png").write_bytes(b"\x89")
@@ -254,8 +262,10 @@ def test_an_archive_that_is_cut_or_broken_in_the_middle_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name, data, message", [
-    ("a.txt", "a fox".encode("utf-16"), "UTF-16"), ("a.csv", "prompt\na fox".encode("utf-16-be"), "binary"), ("a.jsonl", '{"prompt": "a fox"}'.encode("utf-16"), "UTF-16"),
-    ("a.txt", "a fox\nGrün".encode("latin-1"), "line 2 holds the byte 0xfc"), ("a.csv", "prompt\nGrün".encode("latin-1"), "line 2 holds the byte 0xfc"),
+    ("a.txt", "a fox".encode("utf-16"), "UTF-16"), ("a.csv", "prompt\na fox".encode("utf-16-be"), "binary"),
+    ("a.jsonl", '{"prompt": "a fox"}'.encode("utf-16"), "UTF-16"),
+    ("a.txt", "a fox\nGrün".encode("latin-1"), "line 2 holds the byte 0xfc"),
+    ("a.csv", "prompt\nGrün".encode("latin-1"), "line 2 holds the byte 0xfc"),
     ("a.txt.gz", b"a fox", "whole file"), ("a.csv.gz", gzip.compress(b"prompt\na fox")[:-4], "whole file"),
     ("a.txt.gz", gzip.compress(b"a fox")[:-8] + b"\0"*8, "whole file"),
     ("a.txt", b"prompt\tn\na fox\t1\n", "one of a .tsv file"), ("a.txt", b'{"prompt": "a fox"}\n', "one of a .jsonl file"),
