@@ -23,10 +23,11 @@ COLUMNS = ('prompt','prompts','caption','text') # Names that a column of prompts
 _words = ('prompt','caption','text')
 _before = set('negative neg uncond unconditional system num n number count has is no non without'.split()) # negative_prompt, num_prompts
 _after = set('''
-    id ids idx index key uid uuid hash md5 sha no nr num number count n length len size token tokens type kind category class label tag
-    source src model url uri link path file filename folder dir image img embedding embeddings embed emb vector feature features score scores
-    rating ratings rank similarity sim lang language locale color colour font box boxes bbox mask style seed time date version author user
-    license licence strength weight weights prefix suffix template'''.split()) # prompt_id, text_length
+    id ids idx index key uid uuid hash md5 sha no nr num number count n length len size token tokens type kind
+    category class label tag source src model url uri link path file filename folder dir image img embedding
+    embeddings embed emb vector feature features score scores rating ratings rank similarity sim lang language
+    locale color colour font box boxes bbox mask style seed time date version author user license licence
+    strength weight weights prefix suffix template'''.split()) # prompt_id, text_length
 
 def _rank(
     name:str, # A column's name
@@ -277,7 +278,7 @@ def read_and_count(
     if not prompts: raise ValueError(f'prompts must hold at least one text; {path} is empty')
     missing = len(texts)-len(prompts) if where else 0 # a blank line of a list is none
     said = f'prompts: {len(prompts)} read, {len(prompts)-len({*prompts})} alike'
-    return prompts,said+(f', {missing} rows without a text' if missing else '')+(f' (column {where})' if where else '')
+    return prompts,said+(f', {missing} without a text' if missing else '')+(f' (column {where.strip()})' if where else '')
 
 def read_prompts(
     path:str|Path,          # .txt (a prompt a line), .csv, .tsv, .json, .jsonl, .parquet, .tar, any .gz; or a folder of .txt, a prompt each

@@ -220,7 +220,7 @@ def test_a_table_without_header_is_read_by_number(tmp_path):
 
 def test_what_was_read_is_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": " a fox"}\n{"prompt": null}\n{"id": 1}\n{"caption": "a rose"}\n')
-    assert read_and_count(tmp_path / "a.jsonl")[1] == "prompts: 3 read, 1 alike, 2 rows without a text (column prompt and caption)"
+    assert read_and_count(tmp_path / "a.jsonl")[1] == "prompts: 3 read, 1 alike, 2 without a text (column prompt and caption)"
 
 
 def test_a_folder_of_texts(tmp_path):
