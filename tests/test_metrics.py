@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from draft_nb import metrics
 from draft_nb.kl import gaussian_kl
 from draft_nb.metrics import (contrast, diversity, drift, embed, frechet, interval, kid, load_features, load_lpips, lpips_diversity,
-                              overlap, paired_interval, pareto, saturation, vendi)
+                              overlap, paired_interval, pareto, saturation, texture, vendi)
 from draft_nb.models import asset, load
 from draft_nb.rewards import Reward, load_reward
 from draft_nb.sampler import denoise, sample
@@ -482,12 +482,30 @@ def test_contrast_against_numpy():
 def test_grey_and_fading(a):
     x = pictures(1, 3, 6, 6)
     grey = x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    assert saturation(grey).item() == 0 and contrast(torch.full_like(x, a)).item() < 1e-6
-    for measure in (saturation, contrast): # towards middle grey, both shrink in proportion
+    assert saturation(grey).item() == 0 and contrast(torch.full_like(x, a)).item() < 1e-6 and texture(torch.full_like(x, a)).item() < 1e-6
+    for measure in (saturation, contrast, texture): # towards middle grey, both shrink in proportion
         assert measure(a*x+(1-a)*.5).item() == pytest.approx(a*measure(x).item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("measure", [saturation, contrast])
+def test_texture_against_a_laplacian_and_where_it_is_known():
+    import numpy as np
+    x = pictures(2, 3, 5, 4)
+    p = np.pad(x.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    laplacian = p[..., :-2, 1:-1] + p[..., 2:, 1:-1] + p[..., 1:-1, :-2] + p[..., 1:-1, 2:] - 4*x.numpy()
+    assert texture(x).tolist() == pytest.approx(np.abs(laplacian/4).mean((1, 2, 3)).tolist(), abs=1e-6)
+    for turned in (x.flip(-1), x.flip(-2), x.mT, x.flip(1), 1-x):
+        assert torch.allclose(texture(turned), texture(x), atol=1e-6)
+    k = torch.arange(64)
+    board = ((k[:, None]+k) % 2).float().expand(1, 3, 64, 64)
+    assert texture(board).item() == pytest.approx(1, abs=.02)  # 1 but for the edge
+    coarse = ((k[:, None]//8+k//8) % 2).float().expand(1, 3, 64, 64)
+    assert contrast(coarse).item() == pytest.approx(contrast(board).item(), abs=1e-6) and texture(coarse).item() < .15
+    tinted = torch.stack([board[:, 0], .5+0*board[:, 0], 1-board[:, 0]], 1)  # a pattern of colours counts, too
+    assert texture(tinted).item() == pytest.approx(2/3, abs=.02)
+    assert texture(x[..., :1, :1]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("measure", [saturation, contrast, texture])
 def test_looks_of_what_is_no_picture(measure):
     with pytest.raises(ValueError, match=r"lie in \[0,1\]"): measure(torch.rand(1, 3, 4, 4)*2)
     with pytest.raises(ValueError, match="images must be"): measure(torch.rand(3, 4, 4))

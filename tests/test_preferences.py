@@ -3,6 +3,7 @@ import io
 import json
 import math
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -153,6 +154,122 @@ def encoded(colour, kind="PNG", size=8):
     out = io.BytesIO()
     Image.new("RGB", (size, size), tuple(int(255 * c) for c in colour)).save(out, kind)
     return out.getvalue()
+
+
+def stored(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def corners():
+    "Red, green above; blue, white below; 2x3 of 8 pixels, so that a turn shows in the shape as well."
+    image = Image.new("RGB", (24, 16), "white")
+    for colour, at in (("red", (0, 0, 8, 8)), ("lime", (16, 0, 24, 8)), ("blue", (0, 8, 8, 16))):
+        image.paste(colour, at)
+    return image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_pictures_are_turned_upright(tmp_path, orientation, kind):
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # how the camera held it: the inverse of what EXIF asks for
+    lying, exif = corners() if undo is None else corners().transpose(Image.Transpose(undo)), Image.Exif()
+    exif[0x0112] = orientation
+    options = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True)).get(kind, {})
+    data = stored(lying, kind, exif=exif, **options)
+    (tmp_path / "p").write_bytes(data)
+    meant = torch.from_numpy(np.array(corners())).permute(2, 0, 1) / 255
+    for given_as in (data, tmp_path / "p", str(tmp_path / "p"), lambda: data, Image.open(io.BytesIO(data))):
+        got = open_picture(given_as)
+        assert got.shape == (3, 16, 24)
+        torch.testing.assert_close(got, meant, atol=.02, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_levels(kind):
+    levels = np.array([[0, 257, 32768], [65535, 1000, 40000]], np.uint16)
+    got = open_picture(stored(Image.fromarray(levels), kind))
+    torch.testing.assert_close(got, torch.from_numpy(levels / 65535).float().expand(3, 2, 3), atol=1e-6, rtol=0)
+    assert torch.equal(open_picture(Image.fromarray(levels.astype(np.int32))), got)
+
+
+def test_fractions_are_read_and_other_ranges_refused():
+    levels = np.array([[0, .25, 1]], np.float32)
+    got = open_picture(stored(Image.fromarray(levels), "TIFF"))
+    torch.testing.assert_close(got, torch.from_numpy(levels).expand(3, 1, 3), atol=1e-6, rtol=0)
+    for wrong in (levels * 255, levels - 1, levels * float("nan"), np.array([[70000]], np.int32), np.array([[-1]], np.int32)):
+        with pytest.raises(ValueError, match="it must hold grey levels in 0..(1|65535)"):
+            open_picture(Image.fromarray(wrong))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB", "L"])
+def test_what_is_transparent_is_laid_on_white_and_said(mode):
+    "Left opaque, right transparent with black behind."
+    grey = Image.new("L", (2, 1), 0)
+    alpha = Image.new("L", (2, 1), 255)
+    alpha.putpixel((1, 0), 0)
+    if mode in ("RGBA", "LA"):
+        image = Image.merge(mode, [grey] * (len(mode) - 1) + [alpha])
+    elif mode == "PA":
+        image = Image.merge("RGBA", [grey, grey, grey, alpha]).convert("PA")
+    elif mode == "P":
+        image = Image.new("P", (2, 1), 0)
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.putpixel((1, 0), 1)
+        image = Image.open(io.BytesIO(stored(image, "PNG", transparency=1)))
+    else:  # one colour counts as transparent
+        image = Image.new(mode, (2, 1), 0)
+        image.putpixel((0, 0), 1 if mode == "L" else (1, 0, 0))
+        image = Image.open(io.BytesIO(stored(image, "PNG", transparency=0 if mode == "L" else (0, 0, 0))))
+        assert image.mode == mode
+    with pytest.warns(UserWarning, match="transparent are laid on white"):
+        got = open_picture(image)
+    assert got[:, 0, 0].max() <= 1/255 and got[:, 0, 1].tolist() == [1, 1, 1]
+
+
+def test_half_transparent_is_half_white_and_opaque_is_silent(recwarn):
+    assert open_picture(Image.new("RGBA", (1, 1), (255, 0, 0, 255))).flatten().tolist() == [1, 0, 0] and not recwarn
+    half = open_picture(Image.new("RGBA", (1, 1), (255, 0, 0, 128)))
+    torch.testing.assert_close(half.flatten(), torch.tensor([1, .5, .5]), atol=.01, rtol=0)
+
+
+@pytest.mark.parametrize("mode, colour, meant", [
+    ("L", 51, (.2, .2, .2)), ("1", 1, (1, 1, 1)), ("CMYK", (0, 255, 255, 0), (1, 0, 0)), ("YCbCr", (255, 128, 128), (1, 1, 1)),
+    ("P", 0, (0, 0, 1)),
+])
+def test_other_modes(mode, colour, meant):
+    image = Image.new(mode, (4, 4), colour)
+    if mode == "P":
+        image.putpalette([0, 0, 255])
+    file = stored(image, "PNG") if mode in ("1", "P") else stored(image, "JPEG", quality=100)
+    for given_as in (image, file):
+        torch.testing.assert_close(open_picture(given_as).mean((1, 2)), torch.tensor(meant, dtype=torch.float32), atol=.02, rtol=0)
+
+
+def test_a_picture_that_was_cut_short_is_refused():
+    with pytest.raises(ValueError, match="it could not be read"):
+        open_picture(stored(corners().resize((240, 160)), "PNG")[:300])
+
+
+def test_a_table_of_pairs_is_read_as_a_table_of_prompts(tmp_path):
+    write(tmp_path, ".csv")
+    semicolons = "prompt;image_0;image_1;label\na fox, running;r.png;b.png;1\n"
+    spaces = 'prompt, image_0, image_1, label\n"a fox, running", r.png, b.png, 1\n'
+    for text in (semicolons, spaces):
+        (tmp_path / "pairs.csv").write_text(text)
+        assert [(p.prompt, p.label) for p in read_pairs(tmp_path / "pairs.csv")] == [("a fox, running", 1.)]
+    (tmp_path / "pairs.csv").write_text("prompt,image_0,image_1,label\na fox, running,r.png,b.png,1\n")
+    with pytest.raises(ValueError, match="pairs must be a table; .* row 2 of .* has 5 cells, the first has 4"):
+        read_pairs(tmp_path / "pairs.csv")
+
+
+def test_an_archive_of_pairs_that_was_cut_between_two_pairs(tmp_path):
+    path = write(tmp_path, ".tar")
+    data = path.read_bytes()
+    path.write_bytes(data[:data.index(b"0001.0.jpg")])
+    with pytest.raises(ValueError, match="it ends or is broken after 4 members"):
+        read_pairs(path)
 
 
 ROWS = [("a fox, running", 1.), ("ein Fuchs im Grünen", 0.), ("狐", .5)]

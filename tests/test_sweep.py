@@ -16,7 +16,8 @@ from draft_nb.models import asset, load
 from draft_nb.plots import Plot, tradeoffs
 from draft_nb.rewards import Reward, load_reward
 from draft_nb.sampler import sample
-from draft_nb.sweep import (KEYS, WEIGHTS, at_equal_diversity, by_prompt, compare, fingerprint, judged, keep_recommendation, lora_scale, measured, read_sweep,
+from draft_nb.sweep import (KEYS, MEASURED, WEIGHTS, at_equal_diversity, by_prompt, compare, fingerprint, judged, keep_recommendation,
+                            lora_scale, measured, read_sweep,
                             recommended_weight, report, summary, sweep, tradeoff_points, write_report)
 
 PROMPTS = ["an emoji of a fox", 'an emoji of a "rose", é']
@@ -51,7 +52,8 @@ def drawn(monkeypatch):
 
 def test_every_weight_sees_the_same_noise(model, rewards, table):
     "Each row is the picture that `sample` draws alone from that seed, scored with its own prompt."
-    assert list(table.columns) == ["weight", "scale", "prompt", "seed", "tiny", "tiny-judge", "diversity", "vendi", "saturation", "contrast"]
+    assert list(table.columns) == ["weight", "scale", "prompt", "seed", "tiny", "tiny-judge", *MEASURED]
+    assert MEASURED == ("diversity", "vendi", "saturation", "contrast", "texture")
     assert len(table) == 5*2*2 and not table.isna().any().any()
     assert list(table[:4].prompt) == [PROMPTS[0]]*2+[PROMPTS[1]]*2 and list(table[:4].seed) == [0, 1, 0, 1]
     for weight, scale in (("base", 1), ("linear", 1), ("step_0.5", 1), ("draft", 1), ("draft", .5)):

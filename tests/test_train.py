@@ -8,10 +8,14 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from draft_nb.models import load
-from draft_nb.rewards import Reward
+from draft_nb.models import asset, load
+from draft_nb.prompts import read_prompts
+from draft_nb.rewards import Reward, load_reward
 from draft_nb.sampler import sample
-from draft_nb.train import DRaFTConfig, NotFinite, check_run, deal, draft_loss, evaluate, fit, newest_checkpoint, read_history, resolve, score_latents, skipped_steps
+from draft_nb.train import (
+    COLUMNS, DRaFTConfig, NotFinite, alarms, check_run, deal, draft_loss, evaluate, fit, newest_checkpoint, read_history, resolve,
+    score_latents, skipped_steps,
+)
 
 PROMPTS = ["an emoji of a fox", "an emoji of a rose", "an emoji of a pizza", "a ghost"]
 
@@ -435,6 +439,45 @@ def test_hacking_is_said_and_ends_the_run_where_that_was_asked_for(tmp_path, cap
     assert len(run.rows) < 30 and [r["alarm_judge"] for r in run.rows if "alarm_judge" in r][-2:] == [1, 1]
     said = capsys.readouterr()
     assert "the held-out judge fell" in said.out+said.err and "the run ended after" in said.out+said.err
+
+
+@pytest.mark.parametrize("reward, kl_coeff, alarm", [("-1*jpeg", 0., 1), ("tiny", None, 0)])
+def test_a_fine_pattern_over_everything_raises_an_alarm(tmp_path, capsys, reward, kl_coeff, alarm):
+    evaluation = dict(sample_every=20, sample_prompts=("an emoji of a fox", "an emoji of a rocket"), sample_seeds=2)
+    c = DRaFTConfig(output_dir=tmp_path / "run", max_steps=20, kl_coeff=kl_coeff, log_with="none", **evaluation)
+    run = fit(load("tiny"), load_reward(reward), read_prompts(asset("prompts.txt")), c, progress=False)
+    last = read_history(run.folder)[-1]
+    assert last["step"] == 20 and last["alarm_texture"] == alarm and last["eval_reward"] > run.before["reward"]
+    change = last["eval_texture"] / run.before["texture"]
+    assert change > 2 if alarm else .85 < change < 1.2
+    said = capsys.readouterr()
+    assert ("texture is" in said.out+said.err) == bool(alarm)
+    about = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert 0 < last["eval_diversity"] and about["features"] == ("tiny-judge" if alarm else None)
+    assert "| texture |" in (run.folder / "README.md").read_text()
+
+
+def test_diversity_is_seen_by_the_judge_the_reward_or_what_is_embedded(tmp_path):
+    model, embedded, blind = load("tiny", adapter=None), load_reward("tiny-judge"), Reward("colour", colour)
+    def seen(x): return x.mean((2, 3))
+    def diversity_of(reward, **options):
+        return evaluate(model, reward, ["a fox", "a rose"], seeds=3, steps=2, weight="base", **options)[0]["diversity"]
+    by_default = diversity_of(blind)
+    assert by_default == pytest.approx(diversity_of(blind, judge=embedded), abs=1e-5) == pytest.approx(diversity_of(embedded), abs=1e-5)
+    assert by_default == pytest.approx(diversity_of(blind, features="tiny-judge"), abs=1e-5)
+    own = diversity_of(Reward("colour", colour, features=seen))
+    assert own == pytest.approx(diversity_of(embedded, judge=blind, features=seen), abs=1e-5) and abs(own-by_default) > 1e-3
+    with pytest.raises(ValueError, match="features must be efficientnet"):
+        fit(load("tiny", rank=2), REWARD, PROMPTS, config(tmp_path, features="nothing"), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_alarms_beside_a_base_without_any():
+    base = dict(reward=1., saturation=0., contrast=.2, texture=.01)
+    assert alarms(base, base, base) == {}
+    found = alarms(base, base, base | dict(saturation=.1, texture=.005))
+    assert found == dict(saturation="saturation is 0.1, the base has none", texture="texture is 50% of the base's")
+    assert {"eval_texture", "alarm_texture", "eval_contrast", "alarm_contrast"} <= set(COLUMNS)
 
 
 def test_kl_coeff_is_steered_to_the_target(tmp_path):
