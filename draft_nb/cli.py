@@ -409,3 +409,6 @@ def main(
         say((str(e) or type(e).__name__).splitlines()[0])
         return 2
     return 0
+
+# %% ../nbs/42_cli.ipynb #c06d7a54
+if __name__=='__main__' and __spec__ is not None: sys.exit(main())
