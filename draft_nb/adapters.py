@@ -66,9 +66,12 @@ def trainable(
 def lora_state(
     network:nn.Module, # Carries a LoRA
 )->tuple[dict[str,torch.Tensor],dict]: # Tensors by name, and the configuration with alpha
-    "What a LoRA file holds."
-    config = network.peft_config['default'].to_dict()
-    return get_peft_model_state_dict(network), {k:sorted(v) if isinstance(v, set) else v for k,v in config.items()}
+    "What a LoRA file holds; of the configuration only what differs from peft's defaults, so that an older peft reads it."
+    config = network.peft_config['default']
+    defaults = type(config)().to_dict()
+    always = ('peft_type','r','lora_alpha','target_modules')
+    said = {k:v for k,v in config.to_dict().items() if k in always or k!='peft_version' and v!=defaults[k]}
+    return get_peft_model_state_dict(network), {k:sorted(v) if isinstance(v, set) else v for k,v in said.items()}
 
 def load_lora(
     network:nn.Module,  # Without LoRA

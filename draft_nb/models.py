@@ -10,6 +10,7 @@ __all__ = ['JOINT_TARGETS', 'FAMILIES', 'clamp_unit', 'Denoiser', 'Model', 'chec
 
 # %% ../nbs/12_models.ipynb #679d9a22
 import inspect
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -376,8 +377,9 @@ class PixArtSigma(Model):
         "Save what was learned; beside the file of the other families, `PeftModel.from_pretrained(pipe.transformer, folder)` loads it."
         path = super().save(folder, **options)
         if self.frozen is None:
-            self.network.peft_config['default'].save_pretrained(folder)
-            save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
+            tensors,config = lora_state(self.network)
+            (Path(folder)/'adapter_config.json').write_text(json.dumps(config, indent=2))
+            save_file({f'base_model.model.{k}':v.contiguous() for k,v in tensors.items()}, Path(folder)/'adapter_model.safetensors')
         return path
 
 # %% ../nbs/12_models.ipynb #0543dded
