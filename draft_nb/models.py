@@ -587,7 +587,7 @@ def check_weights(
     if names: raise ValueError(_lacking(files[0] if len(files)==1 else folder, network, names))
 
 def _lacking(place, network:nn.Module, names:list[str])->str:
-    return f'{place} must have the keys of {type(network).__name__}: {len(names)} ({", ".join(names[:3])}{", …" if len(names)>3 else ""}) missing'
+    return f'{place} must have the keys of {type(network).__name__}: {len(names)} ({", ".join(names[:3])}{", …" if len(names)>3 else ""}) missing or of another shape'
 
 # %% ../nbs/12_models.ipynb #9220ff80
 def _skeleton(folder:Path, library:str, kind:str)->nn.Module|None:
@@ -595,6 +595,10 @@ def _skeleton(folder:Path, library:str, kind:str)->nn.Module|None:
     cls = getattr({'diffusers':diffusers, 'transformers':transformers}[library], kind) if library in ('diffusers','transformers') else None
     if cls is None or not isinstance(cls, type) or not issubclass(cls, nn.Module): return None
     with torch.device('meta'): return cls.from_config(cls.load_config(folder)) if library=='diffusers' else cls(cls.config_class.from_pretrained(folder))
+
+def _named(key:str, own)->str|None:
+    "The network's name for a key of a file, which may have another prefix."
+    return key if key in own else next((k for k in own if key.endswith(f'.{k}') or k.endswith(f'.{key}')), None)
 
 def _misfit(folder:Path)->str|None:
     "The first component of a pipeline whose file has tensors of another shape, in words."
@@ -604,10 +608,9 @@ def _misfit(folder:Path)->str|None:
         if network is None: continue
         files = weight_files(folder/name)
         own = {k:tuple(v.shape) for k,v in network.state_dict().items()}
-        def known(key): return key if key in own else next((k for k in own if key.endswith(f'.{k}') or k.endswith(f'.{key}')), None)
-        named = [(known(key),shape) for key,(shape,_) in _glimpses(files).items()]
+        named = [(_named(key, own),shape) for key,(shape,_) in _glimpses(files).items()]
         other = [f'{k} {shape} instead of {own[k]}' for k,shape in named if k is not None and own[k]!=shape]
-        if other: return f'{files[0] if len(files)==1 else folder/name} must have the keys of {type(network).__name__}: {len(other)} ({", ".join(other[:3])}) of another shape'
+        if other: return _lacking(files[0] if len(files)==1 else folder/name, network, other)
     return None
 
 def _whole(source:str, dtype:torch.dtype)->DiffusionPipeline:
