@@ -174,10 +174,14 @@ def trainable(
 def lora_state(
     network:nn.Module, # Carries a LoRA
 )->tuple[dict[str,torch.Tensor],dict]: # Tensors by name, and the configuration with alpha
-    "What a LoRA file holds: the tuned LoRA alone."
+    "The tuned LoRA alone; of its configuration what differs from peft's defaults, so that an older peft reads it."
     name = the_tuned(network)
-    config = network.peft_config[name].to_dict()
-    return get_peft_model_state_dict(network, adapter_name=name), {k:sorted(v) if isinstance(v, set) else v for k,v in config.items()}
+    config = network.peft_config[name]
+    defaults = type(config)().to_dict()
+    always = ('peft_type','r','lora_alpha','target_modules')
+    said = {k:v for k,v in config.to_dict().items() if k in always or k!='peft_version' and v!=defaults[k]}
+    return get_peft_model_state_dict(network, adapter_name=name), {k:sorted(v) if isinstance(v, set) else v for k,v in said.items()}
+
 
 # %% ../nbs/11_adapters.ipynb #6f068f92
 @contextmanager
@@ -492,8 +496,11 @@ def load_lora(
     _check_tensors(tensors, refuse)
     parts,unknown = lora_parts(tensors, network, prefix)
     if unknown and published is not None:
-        try: parts,unknown = lora_parts(published(tensors), network, prefix)
+        try: renamed = published(tensors)
         except Exception as e: raise ValueError(f'adapter must fit {type(network).__name__}; {file} ({kind}): {len(unknown)} of {len(tensors)} tensors have no place in it, first {unknown[0]}') from e
+        parts,left = lora_parts(renamed, network, prefix)
+        homeless = {id(renamed[n]) for n in left}
+        unknown = [n for n,v in tensors.items() if id(v) in homeless] or left
     if unknown: refuse(f'fit {type(network).__name__}, which has no place for some', unknown)
     _check_layers(parts, refuse)
     _check_free(network, name)
@@ -521,7 +528,7 @@ def _check_layers(parts:dict[str,dict[str,torch.Tensor]], refuse:Callable)->None
         bad = [n for n,p in parts.items() if part not in p]
         if bad: refuse(f'be whole, with {part} (kohya: lora_{way}.weight) for every layer', bad, parts, 'layers lack it')
     def ranks(p): return p['lora_A.weight'].shape[:1],p['lora_B.weight'].shape[1:2]
-    bad = [f'{n}: {[tuple(v.shape) for v in p.values() if v.ndim>1]}' for n,p in parts.items() if ranks(p)[0]!=ranks(p)[1] or not ranks(p)[1]]
+    bad = [f'{n}: {[tuple(v.shape) for v in p.values() if v.ndim>1]}' for n,p in parts.items() if ranks(p)[0]!=ranks(p)[1] or 0 in ranks(p)[1]]
     if bad: refuse('have matrices A and B of one rank', bad, parts, 'layers')
 
 def _fill(network:nn.Module, name:str, parts:dict[str,dict[str,torch.Tensor]], refuse:Callable)->None:

@@ -33,10 +33,11 @@ try:
 
     import yaml
 
-    from draft_nb.prompts import read_prompts
+    from draft_nb.prompts import read_and_count, read_prompts
 except KeyboardInterrupt:
     print('draft-nb: interrupted', file=sys.stderr)
     raise SystemExit(130) from None
+
 
 # %% ../nbs/42_cli.ipynb #3bbffe9e
 def flag_types(
@@ -274,8 +275,8 @@ def train_flags()->type:
         reward:str='tiny'            # A reward, or a combination such as "0.7*tiny + 0.3*tiny-judge"
         normalize:str|None=None      # base: standardise every part of the reward by its mean and deviation on the base's pictures
         judge:str|None=None          # A reward that is only measured; none for none; by default tiny-judge for tiny
-        prompts:str|None=None        # File of prompts: .txt, .csv, .jsonl, .parquet or a .tar of texts; by default those of tiny
-        prompt_column:str|None=None  # Of a table of prompts; by default prompt, caption or text, else the first
+        prompts:str|None=None        # File (.txt, .csv, .jsonl, .parquet, .tar, .gz) or folder of prompts; by default those of tiny
+        prompt_column:str|None=None  # Column of a table of prompts, a number without header; by default called prompt, caption or text
         run:DRaFTConfig=DRaFTConfig(output_dir=NEW_FOLDER)
     return Train
 
@@ -301,7 +302,8 @@ def train(
     if flags.targets is not None and not listed(flags.targets): raise ValueError(f'targets must name at least one layer; got {flags.targets!r}')
     if not flags.prompts and not tiny: raise ValueError(f'prompts must be given for {flags.model}: a file, for example one prompt a line')
     if flags.prompt_column and not flags.prompts: raise ValueError(f'prompt_column needs --prompts, a table; got {flags.prompt_column!r} alone')
-    with said_of('prompts', known): prompts = read_prompts(flags.prompts or asset('prompts.txt'), flags.prompt_column)
+    with said_of('prompts', known): prompts,counts = read_and_count(flags.prompts or asset('prompts.txt'), flags.prompt_column)
+    if _rank()==0: print(counts)
     if tiny and not config.sample_prompts: config = replace(config, sample_prompts=tuple(read_prompts(asset('test_prompts.txt'))))
     if config.resume and config.output_dir==NEW_FOLDER: raise ValueError('resume needs the folder of a run: give --output_dir, or --config with its config.yaml')
     if not config.resume: check_new(Path(config.output_dir))
@@ -431,7 +433,7 @@ class Sweep:
     scales:str|None=None                # LoRA scales to compare with, separated by commas, for example 0.25,0.5
     seeds:int=8                         # Pictures of each prompt, at least 2
     prompts:str|None=None               # File of prompts; by default those of the run's evaluations
-    prompt_column:str|None=None         # Of a table of prompts; by default prompt, caption or text, else the first
+    prompt_column:str|None=None         # Column of a table of prompts, a number without header; by default called prompt, caption or text
     model:str|None=None                 # The base; by default the one that the run names
     reward:str|None=None                # That was trained against; by default the run's
     judge:str|None=None                 # A reward that was not; by default tiny-judge for tiny
@@ -495,7 +497,10 @@ def _about(run:Path)->dict:
 def _sweep_prompts(args:Sweep, about:dict, source:str)->list[str]:
     "What to draw, best what was not trained on."
     if args.prompt_column and not args.prompts: raise ValueError(f'prompt_column needs --prompts, a table; got {args.prompt_column!r} alone')
-    if args.prompts: return read_prompts(args.prompts, args.prompt_column)
+    if args.prompts:
+        prompts,counts = read_and_count(args.prompts, args.prompt_column)
+        print(counts)
+        return prompts
     if about.get('sample_prompts'): return list(about['sample_prompts'])
     if source!='tiny': raise ValueError(f'prompts must be given: a file, for example one prompt a line; {args.run} names none that were held out')
     from draft_nb.models import asset
@@ -637,6 +642,7 @@ def _filled(
             if isinstance(text, str) and (not text.strip() or '\0' in text): raise ValueError(f'{f.name} must not be empty, or hold a null character; got {text!r}')
     return flags
 
+# %% ../nbs/42_cli.ipynb #3e9b1a71
 @contextlib.contextmanager
 def heard()->list: # Filled by Ctrl-C
     "Inside the block Ctrl-C is noted, since a library may turn the exception that it raises into another one."
@@ -650,6 +656,7 @@ def heard()->list: # Filled by Ctrl-C
     finally:
         if ours: signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# %% ../nbs/42_cli.ipynb #3e9b1a73
 def one_line(
     text:str, # Of an exception, perhaps of a library that writes a page
 )->str:       # At most 1000 characters
@@ -658,6 +665,7 @@ def one_line(
     shown = ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in text)
     return shown if len(shown)<=1000 else shown[:999]+'\u2026'
 
+# %% ../nbs/42_cli.ipynb #3e9b1a76
 def verdict(
     error:BaseException,
     flags=None, # Of the command, where they were understood
@@ -677,8 +685,8 @@ def _system_words(error:OSError, flags, text:str)->str:
     if error.strerror is None: return text or type(error).__name__
     if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return text
     given = {} if flags is None else {k:v for k,v in _flat(flags).items() if isinstance(v, str)}
-    if error.filename is None:
-        return f'output_dir must be on a disk with room; {given.get("output_dir") or "it"}: {error.strerror}'
+    if error.filename is None and not given: return f'standard output must take what is printed; {error.strerror}'
+    if error.filename is None: return f'output_dir must be on a disk with room; {given.get("output_dir") or "by default beside the run"}: {error.strerror}'
     file = Path(os.fsdecode(error.filename))
     name = next((k for k,v in given.items() if file==Path(v) or Path(v) in file.parents), None)
     said = one_line(f'{file}: {error.strerror}')
@@ -689,22 +697,32 @@ def _flat(flags)->dict:
     own = {f.name:getattr(flags, f.name) for f in fields(flags)}
     return {k:v for k,v in own.items() if not is_dataclass(v)} | {k:v for inner in own.values() if is_dataclass(inner) for k,v in _flat(inner).items()}
 
+# %% ../nbs/42_cli.ipynb #3e9b1a79
+@contextlib.contextmanager
+def _open_ends():
+    "Inside the block what is printed goes nowhere where the shell has closed an end (`>&-`)."
+    with contextlib.ExitStack() as ends:
+        nowhere = ends.enter_context(open(os.devnull, 'w'))
+        if sys.stdout is None: ends.enter_context(contextlib.redirect_stdout(nowhere))
+        if sys.stderr is None: ends.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
 def _flushed()->None:
     "What was printed has left; where it cannot, the rest goes nowhere, so that Python has nothing to complain about at its end."
-    if sys.stdout is None: return
     try: sys.stdout.flush()
     except OSError as e:
         with contextlib.suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError): raise
         raise OSError(f'standard output must take what is printed; {e.strerror}') from e
 
+# %% ../nbs/42_cli.ipynb #3e9b1a7b
 def main(
     argv:list[str]|None=None, # By default the command line
 )->int:                       # 0 only if the work was done; 2 for bad input, 1 for a fault in here, 130 after Ctrl-C, 141 where nobody reads on
     "The command `draft-nb`."
     argv = sys.argv[1:] if argv is None else list(argv)
     name,flags = argv[0] if argv else '',None
-    with heard() as interrupts, warnings.catch_warnings():
+    with heard() as interrupts, _open_ends(), warnings.catch_warnings():
         if not sys.warnoptions: warnings.simplefilter('ignore') # of libraries; an error is one line
         try:
             if not argv or name in ('-h','--help'):
@@ -725,6 +743,9 @@ def main(
             if os.environ.get('DRAFT_NB_DEBUG')=='1': traceback.print_exc()
             status,said = verdict(KeyboardInterrupt() if interrupts and not isinstance(e, KeyboardInterrupt) else e, flags)
             with contextlib.suppress(OSError): _flushed()
-        if said and sys.stderr is not None:
+        if said:
             with contextlib.suppress(OSError): print('draft-nb'+(f' {name}' if name in COMMANDS else '')+f': {said}', file=sys.stderr, flush=True)
         return status
+
+# %% ../nbs/42_cli.ipynb #c06d7a54
+if __name__=='__main__' and __spec__ is not None: sys.exit(main())

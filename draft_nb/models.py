@@ -6,12 +6,14 @@
 __all__ = ['JOINT_TARGETS', 'FAMILIES', 'TEXT_ENCODER', 'clamp_unit', 'Denoiser', 'Model', 'check_prompts', 'encode',
            'park_text_encoders', 'latents', 'decode', 'timesteps_kwargs', 'check_interval', 'denoiser',
            'prefix_network', 'update_prefix', 'save', 'StableDiffusion', 'StableDiffusionXL', 'PixArtSigma',
-           'dynamic_shift', 'StableDiffusion3', 'Flux', 'Sana', 'asset', 'check_device', 'check_family',
-           'without_history', 'load', 'attach']
+           'dynamic_shift', 'StableDiffusion3', 'Flux', 'Sana', 'asset', 'check_device', 'check_family', 'weight_files',
+           'unread', 'check_weights', 'without_history', 'load', 'attach']
 
 # %% ../nbs/12_models.ipynb #679d9a22
 import inspect
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,14 +21,17 @@ from importlib.resources import files
 from itertools import count
 from pathlib import Path
 from threading import RLock
+from zipfile import is_zipfile
 
 import diffusers
 import torch
+import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -51,7 +56,6 @@ from draft_nb.adapters import (
     recommend,
     recommended,
     remerge,
-    the_tuned,
     trainable,
     tuned_adapters,
     unfreeze,
@@ -412,8 +416,9 @@ class PixArtSigma(Model):
         "Save what was learned; beside the file of the other families, `PeftModel.from_pretrained(pipe.transformer, folder)` loads it."
         path = super().save(folder, **options)
         if self.frozen is None:
-            self.network.peft_config[the_tuned(self.network)].save_pretrained(folder)
-            with usual_modes(folder): save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
+            tensors,config = lora_state(self.network)
+            (Path(folder)/'adapter_config.json').write_text(json.dumps(config, indent=2))
+            with usual_modes(folder): save_file({f'base_model.model.{k}':v.contiguous() for k,v in tensors.items()}, Path(folder)/'adapter_model.safetensors')
         return path
 
 # %% ../nbs/12_models.ipynb #0543dded
@@ -544,6 +549,130 @@ def check_family(
     "Refuse a pipeline that no family knows how to encode, call and decode."
     if kind not in FAMILIES: raise ValueError(f'model must be of a known family ({", ".join(FAMILIES)}); got {kind}')
 
+# %% ../nbs/12_models.ipynb #c4e3b19b
+_WEIGHTS = ('diffusion_pytorch_model.safetensors.index.json', 'diffusion_pytorch_model.safetensors', 'model.safetensors', 'model.safetensors.index.json',
+            'diffusion_pytorch_model.bin', 'pytorch_model.bin', 'pytorch_model.bin.index.json') # In the order in which the libraries look
+
+def weight_files(
+    folder:str|Path, # Folder of one component, as `save_pretrained` writes it
+)->list[Path]:       # One file, or all shards
+    "The files that `from_pretrained` reads a component's weights from."
+    folder = Path(folder)
+    found = next((folder/name for name in _WEIGHTS if (folder/name).is_file()), None)
+    if found is None: raise ValueError(f'a component must come with its weights; {folder} holds none of {", ".join(_WEIGHTS)}')
+    if found.suffix!='.json': return [found]
+    return sorted({folder/name for name in json.loads(found.read_text())['weight_map'].values()})
+
+def _glimpse(tensor, shape:Sequence[int])->Tensor:
+    "A few numbers from the beginning, the middle and the end of a tensor, or of a tensor on the disk."
+    if not shape: return tensor.reshape(1)
+    width = 8 if len(shape)==1 else 1
+    starts = sorted({0, shape[0]//2, max(shape[0]-width, 0)})
+    others = [slice(0, 8) for _ in shape[1:]]
+    return torch.cat([tensor[(slice(start, start+width), *others)].reshape(-1) for start in starts])
+
+def _glimpses(files:Sequence[Path])->dict[str,tuple[tuple[int,...],Tensor]]:
+    "Shape and a few numbers of every tensor in some files."
+    seen = {}
+    for file in files:
+        if file.suffix=='.safetensors':
+            with safe_open(file, 'pt') as f:
+                for name in f.keys():
+                    part = f.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    seen[name] = shape,_glimpse(part if shape else f.get_tensor(name), shape)
+        else:
+            state = torch.load(file, map_location='cpu', weights_only=True, mmap=is_zipfile(file))
+            seen |= {name:(tuple(t.shape),_glimpse(t, t.shape)) for name,t in state.items()}
+    return seen
+
+# %% ../nbs/12_models.ipynb #79e5f4d7
+def _alike(own:Tensor, there:tuple[tuple[int,...],Tensor]|None)->bool:
+    "Whether a network's tensor holds what a file does, to the rounding of a change of precision."
+    if there is None or own.is_meta: return False
+    shape,numbers = there
+    if [n for n in own.shape if n!=1]!=[n for n in shape if n!=1]: return False
+    here = _glimpse(own.detach(), own.shape).cpu().float()
+    numbers = numbers.to(own.dtype).float()
+    return len(here)==len(numbers) and torch.allclose(here, numbers, rtol=.01, atol=1e-8, equal_nan=True)
+
+def unread(
+    network:nn.Module,
+    seen:dict[str,tuple[tuple[int,...],Tensor]], # Shape and a few numbers of each tensor of its files, by name
+)->list[str]: # Empty if all was read
+    "The names of a network's tensors that hold something else than its files; one name for a tensor that layers share."
+    shared = {}
+    for name,t in network.state_dict(keep_vars=True).items():
+        if isinstance(t, Tensor) and t.is_floating_point(): shared.setdefault(id(t), (t,[]))[1].append(name)
+    left = {names[0]:t for t,names in shared.values() if not any(_alike(t, seen.get(n)) for n in names)}
+    known = {n for _,names in shared.values() for n in names}
+    renamed = {n:s for n,s in seen.items() if n not in known}
+    for same_end in (True,False): # first those that have only got or lost a prefix
+        for name in list(left):
+            fits = (n for n,s in renamed.items() if not same_end or n.endswith(f'.{name}') or name.endswith(f'.{n}'))
+            found = next((n for n in fits if _alike(left[name], renamed[n])), None)
+            if found is not None: del left[name],renamed[found]
+    return list(left)
+
+def check_weights(
+    network:nn.Module, # As `from_pretrained` returned it, on the CPU
+    folder:str|Path,   # Where it came from
+    *, spare:str='$^', # Names that may be missing, a regular expression
+)->None:
+    "Refuse a network that has not got all its numbers from its files."
+    files = weight_files(folder)
+    names = [n for n in unread(network, _glimpses(files)) if not re.search(spare, n)]
+    if names: raise ValueError(_lacking(files[0] if len(files)==1 else folder, network, names))
+
+def _lacking(place, network:nn.Module, names:list[str])->str:
+    return f'{place} must have the keys of {type(network).__name__}: {len(names)} ({", ".join(names[:3])}{", …" if len(names)>3 else ""}) missing or of another shape'
+
+# %% ../nbs/12_models.ipynb #9220ff80
+def _skeleton(folder:Path, library:str, kind:str)->nn.Module|None:
+    "A component as its settings describe it, without numbers; None for what is no network, or of no library that is known here."
+    cls = getattr({'diffusers':diffusers, 'transformers':transformers}[library], kind) if library in ('diffusers','transformers') else None
+    if cls is None or not isinstance(cls, type) or not issubclass(cls, nn.Module): return None
+    with torch.device('meta'): return cls.from_config(cls.load_config(folder)) if library=='diffusers' else cls(cls.config_class.from_pretrained(folder))
+
+def _named(key:str, own)->str|None:
+    "The network's name for a key of a file, which may have another prefix."
+    return key if key in own else next((k for k in own if key.endswith(f'.{k}') or k.endswith(f'.{key}')), None)
+
+def _misfit(folder:Path)->str|None:
+    "The first component of a pipeline whose file has tensors of another shape, in words."
+    parts = json.loads((folder/'model_index.json').read_text())
+    for name,made in parts.items():
+        network = _skeleton(folder/name, *made) if isinstance(made, list) and (folder/name).is_dir() else None
+        if network is None: continue
+        files = weight_files(folder/name)
+        own = {k:tuple(v.shape) for k,v in network.state_dict().items()}
+        named = [(_named(key, own),shape) for key,(shape,_) in _glimpses(files).items()]
+        other = [f'{k} {shape} instead of {own[k]}' for k,shape in named if k is not None and own[k]!=shape]
+        if other: return _lacking(files[0] if len(files)==1 else folder/name, network, other)
+    return None
+
+def _whole(source:str, dtype:torch.dtype)->DiffusionPipeline:
+    "A pipeline from a folder or from the hub, all of whose numbers came from there."
+    folder = Path(source) if Path(source).exists() else Path(DiffusionPipeline.download(source))
+    try: pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=True)
+    except OSError: raise
+    except Exception as e:
+        raise ValueError(_misfit(folder) or f'model must be a pipeline that diffusers can load; {source}: {str(e).strip().splitlines()[0]}') from e
+    for name,part in pipe.components.items():
+        if isinstance(part, nn.Module): check_weights(part, folder/name if (folder/name).is_dir() else folder)
+    return pipe
+
+def _check_single_file(pipe:DiffusionPipeline, file:str, config:str)->None:
+    "Refuse a pipeline from one file that has not got all its numbers from there, or from the folder of its settings."
+    seen = _glimpses([Path(file)])
+    for name,part in pipe.components.items():
+        if not isinstance(part, nn.Module): continue
+        tensors = part.state_dict(keep_vars=True)
+        if empty:=[n for n,t in tensors.items() if t.is_meta]: raise ValueError(_lacking(file, part, empty))
+        matrices = [t for t in tensors.values() if t.ndim>1 and t.is_floating_point() and _glimpse(t.detach(), t.shape).std()>0]
+        if not any(_alike(t, s) for t in matrices for s in seen.values()):
+            check_weights(part, Path(config if Path(config).exists() else snapshot_download(config, local_files_only=True))/name)
+
 # %% ../nbs/12_models.ipynb #20bcd45b
 def _single_file(file:str, config:str|Path|None, dtype:torch.dtype)->DiffusionPipeline:
     "A pipeline from a checkpoint in one file."
@@ -553,8 +682,10 @@ def _single_file(file:str, config:str|Path|None, dtype:torch.dtype)->DiffusionPi
     try: kind = DiffusionPipeline.load_config(config)['_class_name']
     except OSError as e: raise ValueError(f'config must be a diffusers folder, or a hub id that can be reached, with the settings of {file}; got {config}') from e
     check_family(kind)
-    try: return getattr(diffusers, kind).from_single_file(file, config=config, dtype=dtype)
+    try: pipe = getattr(diffusers, kind).from_single_file(file, config=config, dtype=dtype)
     except Exception as e: raise ValueError(f'model must be a whole {kind} that fits the settings in {config}; {file}: {str(e).splitlines()[0]}') from e
+    _check_single_file(pipe, file, config)
+    return pipe
 
 def without_history(
     scheduler, # A diffusers scheduler
@@ -576,8 +707,7 @@ def _pipeline(source, config:str|Path|None, dtype:torch.dtype)->DiffusionPipelin
             raise ValueError(f'model must be a diffusers folder; {source} holds no model_index.json')
         if not is_path and (source.count('/')!=1 or source.startswith(('.','/'))):
             raise ValueError(f"model must be 'tiny', a hub id (owner/name), a diffusers folder, a .safetensors file or a pipeline; got {source!r}")
-        try: pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
-        except Exception as e: raise ValueError(f'model must be a diffusers pipeline that is whole; {source} cannot be loaded: {type(e).__name__}, {" ".join(str(e).split())[:300]}') from e
+        pipe = _whole(source, dtype)
     pipe.scheduler = without_history(pipe.scheduler)
     return pipe
 

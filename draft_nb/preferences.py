@@ -15,6 +15,7 @@ import math
 import re
 import tarfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,13 +27,14 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adapters import usual_modes
-from .prompts import COLUMNS
+from .prompts import COLUMNS, check_end, table_rows
 from .rewards import Reward, _clip_source, _open_clip_file, check_images, clip_preprocess, clip_reward, described, find_weights
 
 # %% ../nbs/23_preferences.ipynb #1952717f
@@ -44,18 +46,35 @@ class Pair(NamedTuple):
     label:float # In [0,1], share of votes for the first; 0.5 is a tie
 
 # %% ../nbs/23_preferences.ipynb #bb277ef2
+def _rgb(
+    picture:PIL.Image.Image, # Any mode
+)->Tensor:                   # (H,W,3) in [0,1]
+    "Red, green and blue: upright as the camera says (EXIF), what is transparent on white, 16 bits with all their grey levels."
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if picture.mode[0] in 'IF': # whole numbers of 16 bits, or fractions
+        top = 1 if picture.mode=='F' else 65535
+        grey = torch.from_numpy(np.array(picture, dtype=np.float32)/top)
+        low,high = grey.min().item()*top,grey.max().item()*top
+        if not (low>=0 and high<=top): raise ValueError(f'it must hold grey levels in 0..{top}; got {low:.6g} to {high:.6g}')
+        return grey[...,None].expand(-1, -1, 3)
+    if picture.has_transparency_data:
+        picture = picture.convert('RGBA')
+        if picture.getchannel('A').getextrema()[0]<255: warnings.warn('pictures that are transparent are laid on white', stacklevel=3)
+        picture = PIL.Image.alpha_composite(PIL.Image.new('RGBA', picture.size, 'white'), picture)
+    return torch.from_numpy(np.array(picture.convert('RGB'))).float()/255
+
 def open_picture(
     picture, # See `Pair`
 )->Tensor:   # (3,H,W) in [0,1]
-    "Decode a picture."
+    "Decode a picture: upright (EXIF), on white where it is transparent."
     if callable(picture): picture = picture()
     if isinstance(picture, Tensor): return picture
     try:
         if isinstance(picture, (bytes,bytearray)): picture = PIL.Image.open(io.BytesIO(picture))
         elif isinstance(picture, (str,Path)): picture = PIL.Image.open(picture)
-        pixels = np.array(picture.convert('RGB'))
+        pixels = _rgb(picture)
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as e: raise ValueError(f'it could not be read: {str(e)[:200]}') from None
-    return torch.from_numpy(pixels).permute(2,0,1).float()/255
+    return pixels.permute(2,0,1)
 
 # %% ../nbs/23_preferences.ipynb #4fb47f30
 def _check_pair(k:int, pair)->Pair:
@@ -129,8 +148,15 @@ def _text(path:Path)->str:
     try: return path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError: raise ValueError(f'pairs must be a table; {path} is not UTF-8 text') from None
 
-def _rows(path:Path)->list[dict]:
-    if path.suffix.lower() in ('.csv','.tsv'): return list(csv.DictReader(io.StringIO(_text(path)), delimiter='\t' if path.suffix.lower()=='.tsv' else ','))
+def _cells(path:Path, prompt:str|None)->list[dict]:
+    text = _text(path)
+    if not text.strip(): return []
+    try: names,*rows = table_rows(text, prompt, path)
+    except (csv.Error, ValueError) as e: raise ValueError(f'pairs must be a table; {path}: {e}') from None
+    return [dict(zip((n.strip() for n in names), row)) for row in rows]
+
+def _rows(path:Path, prompt:str|None)->list[dict]:
+    if path.suffix.lower() in ('.csv','.tsv'): return _cells(path, prompt)
     rows = []
     for k,line in enumerate(_text(path).split('\n'), 1):
         if not line.strip(): continue
@@ -145,7 +171,7 @@ def _beside(path:Path, row:Mapping, column:str, where:str)->Path:
     return path.parent/name
 
 def _table_pairs(path:Path, columns)->Iterator[Pair]:
-    rows = _rows(path)
+    rows = _rows(path, (columns or {}).get('prompt'))
     if not rows: return
     at = find_columns(list(rows[0]), path, columns)
     for k,row in enumerate(rows):
@@ -197,6 +223,7 @@ def _members(path:Path)->dict[str,dict[str,tuple[int,int]]]:
                 key,_,ending = name.name.partition('.')
                 picture = re.fullmatch(r'(?:(?:jpg|image)_)?([01])(?:\.(?:jpe?g|png|webp))?', ending.lower())
                 keys.setdefault(str(name.parent/key), {})[picture[1] if picture else ending] = m.offset_data,m.size
+            check_end(archive)
     except tarfile.TarError as e: raise ValueError(f'pairs must be a tar archive, not compressed; {path}: {e}') from None
     return keys
 

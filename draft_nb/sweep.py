@@ -28,13 +28,12 @@ from tqdm.auto import tqdm
 
 from .adapters import WEIGHT_KEY, lora_layers, tuned_adapters
 from .anneal import parse_weight, weight_name, weights_at
-from .metrics import contrast, embed, interval, load_features, paired_interval, pareto, saturation, vendi
+from .metrics import contrast, embed, interval, load_features, paired_interval, pareto, saturation, texture, vendi
 from .models import check_prompts, load
 from .rewards import Reward, load_reward
 from .sampler import count_steps, sample_each
 from .train import markdown, read_checkpoint, write_aside
 from .values import is_number, is_whole, noise_seed, number, whole_number
-
 
 # %% ../nbs/32_sweep.ipynb #bf268e16
 def _scale_name(scale:float)->str: return f'scale_{scale:.10g}'
@@ -100,7 +99,7 @@ def judged(
     return found
 
 KEYS = ('run','weight','scale','prompt','seed') # Columns that say what a picture is; all others are measured
-MEASURED = ('diversity','vendi','saturation','contrast') # Beside the rewards
+MEASURED = ('diversity','vendi','saturation','contrast','texture') # Beside the rewards
 _taken = {*KEYS, *MEASURED, 'name'}
 
 # %% ../nbs/32_sweep.ipynb #1eeef65f
@@ -245,7 +244,8 @@ def _scored(
 )->tuple[list[dict],np.ndarray]: # A dict a picture; (B,D) features of unit length, float16
     "All that is known of a picture by itself."
     x = images.to(device)
-    measured = {r.name:r(x, prompts).cpu() for r in rewards} | dict(saturation=saturation(images), contrast=contrast(images))
+    measured = {r.name:r(x, prompts).cpu() for r in rewards}
+    measured |= dict(saturation=saturation(images), contrast=contrast(images), texture=texture(images))
     rows = [{k:v[j].item() for k,v in measured.items()} for j in range(len(images))]
     return rows,_half(embed(x, look, len(images)))
 
@@ -280,7 +280,7 @@ def sweep(
     scales:Sequence[float]=(),   # Also the aligned model with its LoRA so much stronger
     chunk:int=48,                # Pictures in a batch
     progress:bool=True,          # Show a bar
-)->pd.DataFrame:                 # A row a picture: weight, scale, prompt, seed, the rewards (trained, judge, others), diversity, vendi, saturation, contrast
+)->pd.DataFrame:                 # A row a picture: weight, scale, prompt, seed, the rewards (trained, judge, others), and `MEASURED`
     "Every weight on the same noise, scored."
     prompts,points,seeds = _unlike(prompts),_points(weights, scales),_seeds(seeds)
     whole_number('chunk', chunk)

@@ -39,6 +39,18 @@ def test_train_and_sample(tmp_path, capsys):
     assert (tmp_path / "k.safetensors").is_file()
 
 
+@pytest.mark.parametrize("argv, status, said", [
+    ([], 2, "usage: draft-nb COMMAND"), (["--help"], 0, "usage: draft-nb COMMAND"), (["dance"], 2, "unknown command 'dance'"),
+    (["sample", "--help"], 0, "usage: draft-nb sample"), (["train", "--grad_steps", "0"], 2, "grad_steps must be at least 1; got 0"),
+])
+def test_every_door_is_the_same(argv, status, said):
+    "`draft-nb`, `python -m draft_nb` and `python -m draft_nb.cli`: the same words and the same exit status."
+    doors = ["-c", "import sys; from draft_nb.cli import main; sys.exit(main())"], ["-m", "draft_nb"], ["-m", "draft_nb.cli"]
+    done = [subprocess.run([sys.executable, *door, *argv], capture_output=True, text=True) for door in doors]
+    assert [d.returncode for d in done] == [status]*3 and said in done[0].stdout+done[0].stderr
+    assert len({(d.stdout, d.stderr) for d in done}) == 1
+
+
 def test_yaml_and_flags(tmp_path):
     (tmp_path / "run.yaml").write_text(f"num_inference_steps: 3\nbatch_size: 2\nmax_steps: 5\nlearning_rate: 2e-4\nsample_prompts: [a fox, a rose]\nsample_seeds: 2\nrank: 2\nlog_with: null\noutput_dir: {tmp_path / 'run'}\n")
     assert main(["train", "--config", str(tmp_path / "run.yaml"), "--max_steps", "1"]) == 0

@@ -26,6 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
@@ -343,6 +344,37 @@ def test_the_saved_lora_draws_the_same_picture_in_stock_diffusers(kind, tmp_path
     again = load(build(kind), adapter=tmp_path)
     assert_close(sample(again, PROMPTS, steps=T, guidance_scale=SCALE).images, expected, atol=1e-5, rtol=0)  # read from disk
     assert len(again.parameters()) == len(model.parameters()) and len(lora_layers(again.network)) == len(lora_layers(model.network))
+
+
+def said(file, component):
+    "The metadata of a LoRA file."
+    with safe_open(file, "pt") as f:
+        whole = json.loads(f.metadata()["lora_adapter_metadata"])
+    assert all(k.startswith(f"{component}.") for k in whole)
+    return {k.removeprefix(f"{component}."): v for k, v in whole.items()}
+
+
+@each_family
+@pytest.mark.parametrize("options, more", [({}, {}), (dict(alpha=3.), {}), (dict(rslora=True), dict(use_rslora=True)), (dict(dora=True), dict(use_dora=True))])
+def test_a_file_says_only_what_differs_from_peft_s_defaults(kind, options, more, tmp_path):
+    "Fields that are younger than the reader's peft would make the file unreadable; alpha, rsLoRA and DoRA come back."
+    if kind == "sana" and options.get("dora"):
+        options = options | dict(targets=["to_q"])  # DoRA is for neither of its grouped convolutions
+    model = shake(load(build(kind), rank=2, **options))
+    file = model.save(tmp_path)
+    made = dict(peft_type="LORA", r=2, lora_alpha=options.get("alpha", 2), target_modules=sorted(options.get("targets", model.lora_targets)), **more)
+    assert said(file, model.component) == made
+    again = load(build(kind), adapter=file)
+    ours, theirs = lora_layers(model.network), lora_layers(again.network)
+    assert [m.scaling["default"] for m in ours] == [m.scaling["default"] for m in theirs]
+    assert [m.use_dora["default"] for m in ours] == [m.use_dora["default"] for m in theirs] == [bool(options.get("dora"))] * len(ours)
+    assert said(again.save(tmp_path / "again"), model.component) == made
+    if kind == "pixart":
+        assert json.loads((tmp_path / "adapter_config.json").read_text()) == made
+
+
+def test_the_shipped_lora_says_no_more():
+    assert set(said(asset("tiny-aligned") / "pytorch_lora_weights.safetensors", "unet")) == {"peft_type", "r", "lora_alpha", "target_modules"}
 
 
 @pytest.mark.filterwarnings("ignore:While injecting")

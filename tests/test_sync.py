@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT/"nbs").rglob("[!._]*.ipynb"))
-HAND_WRITTEN = ["__init__.py", "_torchvision.py"]
+HAND_WRITTEN = ["__init__.py", "__main__.py", "_torchvision.py"]
 TOP = {"nbs", "draft_nb", "app.py", "tests", "settings.ini", "setup.py", "README.md", "constraints.txt", "LICENSE"}
 FOREIGN_PATH = re.compile(r"(?<![\w.:/-])/(?:work|root|home|tmp|private|Users|opt|usr|mnt|var)/[\w.-]+")
 
