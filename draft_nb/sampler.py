@@ -402,8 +402,10 @@ def _repeated(
     num_images:int,            # Pictures a prompt
 )->list[str]:
     "The prompts, each repeated for its pictures; or why not."
-    prompts = texts("prompts", prompts)
+    prompts = list(prompts) if isinstance(prompts, (list,tuple)) else texts("prompts", prompts)
     if not prompts: raise ValueError("prompts must hold at least one prompt; got none")
+    for o in prompts:
+        if not isinstance(o, str): raise ValueError(f"prompts must be strings; got {o!r}")
     num_images = whole_number("num_images", num_images)
     return [o for o in prompts for _ in range(num_images)]
 
