@@ -230,10 +230,12 @@ def score_latents(
     "Decode and score, a few pictures at a time; as a backward pass inside, it cannot be scaled against underflow in fp16."
     def scored(x, texts):
         images = model.decode(x)
-        whole = images.isfinite().flatten(1).all(1)
-        seen = images if whole.all() else images.nan_to_num(.5, .5, .5) # a reward refuses NaN, a step is skipped for it
+        finite = bool(images.detach().sum().isfinite()) # the cheapest way to see a NaN
+        seen = images if finite else images.nan_to_num(.5, .5, .5) # a reward refuses NaN, a step is skipped for it
         scores,parts = reward.with_parts(seen, texts) if getattr(reward, 'parts', ()) else (reward(seen, texts), {})
-        if seen is not images: scores,parts = (tree_map(lambda v: v*torch.where(whole, 1., math.nan).to(v), o) for o in (scores,parts))
+        if not finite:
+            spoilt = torch.where(images.isfinite().flatten(1).all(1), 1., math.nan)
+            scores,parts = tree_map(lambda v: v*spoilt.to(v), (scores,parts))
         return scores,images.detach(),{n:v.detach() for n,v in parts.items()}
     if at_a_time is None or at_a_time>=len(latents) or not latents.requires_grad: return scored(latents, prompts)
     found,slopes = [],[]
