@@ -201,7 +201,8 @@ def train(
     if not flags.prompts and not tiny: raise ValueError(f'prompts must be given for {flags.model}: a file, for example one prompt a line')
     prompts = read_prompts(flags.prompts or asset('prompts.txt'), flags.prompt_column)
     if tiny and not config.sample_prompts: config = replace(config, sample_prompts=tuple(read_prompts(asset('test_prompts.txt'))))
-    if config.resume and config.output_dir==NEW_FOLDER: raise ValueError('resume needs the folder of a run: give --output_dir, or --config with its config.yaml')
+    if config.resume and config.output_dir==NEW_FOLDER:
+        raise ValueError('resume needs the folder of a run: give --output_dir, or --config with its config.yaml')
     if not config.resume: check_new(Path(config.output_dir))
     model = load(flags.model, adapter=flags.adapter, rank=flags.rank, alpha=flags.alpha, rslora=flags.rslora, dora=flags.dora, targets=listed(flags.targets) or None,
                  base_device=flags.base_device, base_dtype=_dtype('base_dtype', flags.base_dtype), dtype=_dtype('dtype', flags.dtype), device=flags.device)
@@ -212,7 +213,8 @@ def train(
         if flags.config and not config.resume and _rank()==0: _say_changes(flags.config, model, prompts)
         try:
             with _with_folder(config, model.device) as config: done = fit(model, reward, prompts, config, judge=judge, flags=own)
-        except KeyboardInterrupt: raise KeyboardInterrupt(f'go on from the last checkpoint with --resume --output_dir {config.output_dir}') from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f'go on from the last checkpoint with --resume --output_dir {config.output_dir}') from None
         finally: _leave_group()
     if _rank()==0: report(done, flags.model)
 

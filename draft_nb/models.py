@@ -294,7 +294,8 @@ def save(self:Model,
     if not lora_layers(self.network): raise ValueError(f'{self.name} carries no adapter: there is nothing to save')
     tensors,config = lora_state(self.network)
     loader = self.pipe if 'save_lora_weights' in dir(self.pipe) else SanaLoraLoaderMixin # writes what any pipeline with a `transformer` would
-    with usual_modes(folder): loader.save_lora_weights(folder, **{f'{self.component}_lora_layers': tensors, f'{self.component}_lora_adapter_metadata': config})
+    parts = {f'{self.component}_lora_layers': tensors, f'{self.component}_lora_adapter_metadata': config}
+    with usual_modes(folder): loader.save_lora_weights(folder, **parts)
     file = folder/'pytorch_lora_weights.safetensors'
     if config.get('auto_mapping'): _note(file, config['auto_mapping'])
     return file
@@ -378,7 +379,8 @@ class PixArtSigma(Model):
         path = super().save(folder, **options)
         if self.frozen is None:
             self.network.peft_config['default'].save_pretrained(folder)
-            with usual_modes(folder): save_file({f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}, Path(folder)/'adapter_model.safetensors')
+            tensors = {f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}
+            with usual_modes(folder): save_file(tensors, Path(folder)/'adapter_model.safetensors')
         return path
 
 # %% ../nbs/12_models.ipynb #0543dded
