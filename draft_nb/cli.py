@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'NEW_FOLDER', 'COMMANDS', 'flag_types', 'nearest', 'parse_flags', 'read_config', 'check_output', 'said_of',
-           'quiet', 'new_folder', 'take_folder', 'train_flags', 'train', 'listed', 'report', 'Sample', 'draw', 'Sweep',
-           'sweep', 'App', 'check_port', 'app', 'Export', 'export', 'Bench', 'bench', 'Command', 'heard', 'one_line',
-           'verdict', 'main']
+           'quiet', 'new_folder', 'take_folder', 'train_flags', 'Sample', 'draw', 'Sweep', 'sweep', 'App', 'check_port',
+           'app', 'Export', 'export', 'Bench', 'bench', 'Command', 'heard', 'one_line', 'verdict', 'main']
 
 # %% ../nbs/42_cli.ipynb #42f4f8a9
 import sys
@@ -305,7 +304,8 @@ def train(
     with said_of('prompts', known): prompts,counts = read_and_count(flags.prompts or asset('prompts.txt'), flags.prompt_column)
     if _rank()==0: print(counts)
     if tiny and not config.sample_prompts: config = replace(config, sample_prompts=tuple(read_prompts(asset('test_prompts.txt'))))
-    if config.resume and config.output_dir==NEW_FOLDER: raise ValueError('resume needs the folder of a run: give --output_dir, or --config with its config.yaml')
+    if config.resume and config.output_dir==NEW_FOLDER:
+        raise ValueError('resume needs the folder of a run: give --output_dir, or --config with its config.yaml')
     if not config.resume: check_new(Path(config.output_dir))
     judge = flags.judge or ('tiny-judge' if tiny else 'none')
     if judge=='no': judge = 'none' # as YAML's `no`
@@ -320,8 +320,13 @@ def train(
         if flags.config and not config.resume and _rank()==0: _say_changes(flags.config, model, prompts)
         try:
             with _with_folder(config, model.device) as config: done = fit(model, reward, prompts, config, judge=judge, flags=own)
+<<<<<<< ours
         except NotFinite as e: raise ValueError(str(e)) from e
         except KeyboardInterrupt: raise KeyboardInterrupt(f'go on from the last checkpoint with --resume --output_dir {config.output_dir}') from None
+=======
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f'go on from the last checkpoint with --resume --output_dir {config.output_dir}') from None
+>>>>>>> theirs
         finally: _leave_group()
     if _rank()==0: report(done, flags.model)
 

@@ -107,7 +107,8 @@ class _Run:
         self.next = own if own is not None else i+1 if i is not None else (self.next or 0)+1
         self.guess,self.number = None,self.number+1
         if begun is not None and begun!=self.next-1:
-            raise ValueError(f'a pipeline must tell its scheduler or its denoiser where it begins; {self.name} began at step {self.next-1}, which looked like step {begun}')
+            raise ValueError(f'a pipeline must tell its scheduler or its denoiser where it begins; {self.name} began '
+                             f'at step {self.next-1}, which looked like step {begun}')
 
     def copy_stepped(self)->None:
         "A copy of the scheduler made a step."
@@ -124,7 +125,9 @@ def _counter(scheduler)->int|None:
 # %% ../nbs/13_pipelines.ipynb #7d02e4ab
 TIMES = 'timestep','timesteps','t' # what networks call the time
 UNBATCHED = 'img_ids','txt_ids','image_rotary_emb','ip_adapter_masks' # arguments of denoisers without a row for each picture
-VARYING = 'timestep','residual','controlnet','audio_hidden_states' # parts of the names of what differs from step to step, beside the latents
+VARYING = 'timestep','residual','controlnet','audio_hidden_states' # parts of the names of what every step changes
+
+def _kind(module:nn.Module)->str: return type(unwrap_module(module)).__name__
 
 @cache
 def _argument_names(cls:type)->tuple[str,...]: return tuple(inspect.signature(cls.forward).parameters)[1:]
@@ -137,8 +140,8 @@ def _named(
     args,kwargs = call
     named = dict(zip(_argument_names(type(unwrap_module(module))), args))|kwargs
     for name,value in named.items():
-        if ('cache' in name or name=='past_key_values') and isinstance(value, object) and not isinstance(value, (str,bool,type(None))):
-            raise ValueError(f'annealed must not share a cache between base and tuned; {type(unwrap_module(module)).__name__} is called with {name}')
+        if ('cache' in name or name=='past_key_values') and value is not None and not isinstance(value, (str,bool)):
+            raise ValueError(f'annealed must not share a cache between base and tuned; {_kind(module)} is called with {name}')
     return named
 
 def _time(named:dict):
@@ -150,8 +153,8 @@ def _first(named:dict)->Tensor:
     return next(iter(named.values()))
 
 # %% ../nbs/13_pipelines.ipynb #0b6f1979
-KEEPS_ROWS = (UNet2DConditionModel, PixArtTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel, SanaTransformer2DModel, ChromaTransformer2DModel,
-              WanTransformer3DModel) # base and tuned may share a batch
+KEEPS_ROWS = (UNet2DConditionModel, PixArtTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel,
+              SanaTransformer2DModel, ChromaTransformer2DModel, WanTransformer3DModel) # base and tuned may share a batch
 
 def _keeps_rows(
     module:nn.Module,
@@ -175,7 +178,8 @@ class _Answer:
         self.tensors = [o for o in self.leaves if isinstance(o, Tensor)]
         strange = [o for o in self.leaves if not isinstance(o, (Tensor,str,int,float,bool,type(None)))]
         if strange or not self.tensors:
-            raise ValueError(f'a denoiser must answer with tensors; {type(unwrap_module(network)).__name__} answers with {type(strange[0] if strange else whole).__name__}')
+            answer = strange[0] if strange else whole
+            raise ValueError(f'a denoiser must answer with tensors; {_kind(network)} answers with {type(answer).__name__}')
         self.listed = isinstance(whole, list) or isinstance(whole, tuple) and isinstance(whole[0], list)
 
     def filled(self, tensors:list[Tensor]):
@@ -185,8 +189,9 @@ class _Answer:
 
     def mix(self, base:list[Tensor], tuned:list[Tensor], w:float|Tensor)->list[Tensor]:
         "The blend; of a list, each tensor is a picture."
-        if self.listed and isinstance(w, Tensor): return [blend(b, d, v) for b,d,v in zip(base, tuned, _for_batch(w, len(base)), strict=True)]
-        return [blend(b, d, _for_batch(w, len(b))) for b,d in zip(base, tuned, strict=True)]
+        if self.listed and isinstance(w, Tensor): ws = _for_batch(w, len(base))
+        else: ws = [_for_batch(w, len(b)) for b in base]
+        return [blend(b, d, v) for b,d,v in zip(base, tuned, ws, strict=True)]
 
 def _for_batch(w:float|Tensor, n:int)->float|Tensor:
     "A weight a row; under guidance the batch is [without prompt, with prompt]."
@@ -224,6 +229,9 @@ class _Memory:
         return self.known[-1][1]
 
 # %% ../nbs/13_pipelines.ipynb #ebb9ddd1
+def _replaced(what:str, run:_Run)->ValueError:
+    return ValueError(f'the {what} of {run.name} must not be replaced inside annealed; set it before')
+
 class _Blend(ModelHook):
     "On a denoiser: hands out the blend while its own pipeline is running."
     def __init__(self, run:_Run, base:nn.Module|None, refresh:int, fused:bool):
@@ -275,11 +283,13 @@ class _Blend(ModelHook):
 
     def _two_passes(self, module:nn.Module, why:str)->None:
         self.rows_apart = False
-        if not self.run.warned: warnings.warn(f'base and tuned take two passes through the {type(unwrap_module(module)).__name__} of {self.run.name}: {why}; fused=False hides this warning', stacklevel=2)
+        if self.run.warned: return
         self.run.warned = True
+        warnings.warn(f'base and tuned take two passes through the {_kind(module)} of {self.run.name}: {why}; '
+                      'fused=False hides this warning', stacklevel=2)
 
     def new_forward(self, module:nn.Module, *args, **kwargs):
-        if self.run.pipe.scheduler is not self.run.scheduler: raise ValueError(f'the scheduler of {self.run.name} must not be replaced inside annealed; set it before')
+        if self.run.pipe.scheduler is not self.run.scheduler: raise _replaced('scheduler', self.run)
         if not self.run.running: return self.fn_ref.original_forward(*args, **kwargs)
         named = _named(module, (args,kwargs))
         w = self.run.weights[self.run.step(_time(named))]
@@ -319,7 +329,7 @@ def _base_network(pipe:DiffusionPipeline, base, name:str)->nn.Module|None:
         if changed: raise ValueError(f'base must have the scheduler of the pipe ({"; ".join(changed[:3])}); where only the solver differs, give the denoiser itself as base')
         base = denoisers_of(base).get(name)
     if type(unwrap_module(base)) is not type(unwrap_module(tuned)):
-        raise ValueError(f'base must be a {type(unwrap_module(tuned)).__name__} as in the pipe; got {type(base).__name__}')
+        raise ValueError(f'base must be a {_kind(tuned)} as in the pipe; got {_kind(base)}')
     return base
 
 # %% ../nbs/13_pipelines.ipynb #31d8c7fa
@@ -328,16 +338,18 @@ def _bases(
     base, # A network, a pipeline, a mapping by name, or None
 )->dict[str,nn.Module|None]: # Denoiser -> its base; None where its LoRA is switched off
     "What each denoiser is blended with."
-    networks = denoisers_of(pipe)
+    networks,name_of = denoisers_of(pipe),type(pipe).__name__
+    names = ', '.join(networks)
     if base is None: return {name:_base_network(pipe, None, name) for name in [n for n,o in networks.items() if lora_layers(o)] or networks}
     if isinstance(base, Mapping):
         unknown = [name for name in base if name not in networks]
-        if unknown or not base: raise ValueError(f'base must be given by the names {", ".join(networks)} of {type(pipe).__name__}; got {", ".join(base) or "none"}')
+        if unknown or not base: raise ValueError(f'base must be given by the names {names} of {name_of}; got {", ".join(base) or "none"}')
         return {name:_base_network(pipe, base.get(name), name) for name in networks}
     if not isinstance(base, DiffusionPipeline) and len(networks)>1:
-        raise ValueError(f'base must be a pipeline or a mapping with {", ".join(networks)}, which {type(pipe).__name__} has; got one {type(base).__name__}')
+        raise ValueError(f'base must be a pipeline or a mapping with {names}, which {name_of} has; got one {type(base).__name__}')
     frozen = {name:_base_network(pipe, base, name) for name in networks}
-    if all(frozen[name] is networks[name] for name in networks): raise ValueError(f'base must hold another network than the pipe; got the {type(pipe).__name__} itself')
+    if all(frozen[name] is networks[name] for name in networks):
+        raise ValueError(f'base must hold another network than the pipe; got that of the {name_of}')
     return frozen
 
 # %% ../nbs/13_pipelines.ipynb #31d8c7fb
@@ -390,8 +402,9 @@ def _recommended(
     return recommended(networks[first], names[first])
 
 # %% ../nbs/13_pipelines.ipynb #f2b17d49
-REFUSED = {'SkyReelsV2DiffusionForcingPipeline':'it steps copies of its scheduler', 'SkyReelsV2DiffusionForcingImageToVideoPipeline':'it steps copies of its scheduler',
-           'SkyReelsV2DiffusionForcingVideoToVideoPipeline':'it steps copies of its scheduler', 'Flux2KleinKVPipeline':'it keeps keys and values of its first step',
+_COPIES = 'it steps copies of its scheduler'
+REFUSED = {'SkyReelsV2DiffusionForcingPipeline':_COPIES, 'SkyReelsV2DiffusionForcingImageToVideoPipeline':_COPIES,
+           'SkyReelsV2DiffusionForcingVideoToVideoPipeline':_COPIES, 'Flux2KleinKVPipeline':'it keeps keys and values of its first step',
            'AnyFlowFARPipeline':'it keeps keys and values of earlier frames'} # pipelines and why they cannot be annealed
 
 def _check_pipeline(
@@ -402,7 +415,9 @@ def _check_pipeline(
     known = [REFUSED[c.__name__] for c in type(pipe).__mro__ if c.__name__ in REFUSED]
     if known: raise ValueError(f'annealed cannot follow the steps of {name}: {known[0]}')
     denoisers = denoisers_of(pipe)
-    if not {'set_timesteps','step'}<={*dir(parts.get('scheduler'))}: raise ValueError(f'annealed needs a pipeline with one scheduler, named scheduler, that makes its steps; {name} has {", ".join(parts)}')
+    if not {'set_timesteps','step'}<={*dir(parts.get('scheduler'))}:
+        raise ValueError('annealed needs a pipeline with one scheduler, named scheduler, that makes its steps; '
+                         f'{name} has {", ".join(parts)}')
     for part,module in parts.items():
         if isinstance(module, nn.Module) and part not in denoisers and not part.startswith('text_encoder') and lora_layers(module):
             raise ValueError(f'a LoRA must be on a denoiser ({", ".join(denoisers)}) to be annealed; {name} has one on its {part}')
@@ -414,11 +429,22 @@ def _check_network(
 )->None:
     "Refuse a network that cannot answer for base and tuned in turn."
     plain = unwrap_module(network)
-    if switched and any(l.merged for l in lora_layers(plain)): raise ValueError(f'the LoRA of {where} must not be fused; call unfuse_lora() before annealed')
+    if switched and any(l.merged for l in lora_layers(plain)):
+        raise ValueError(f'the LoRA of {where} must not be fused; call unfuse_lora() before annealed')
     caches = [h for m in plain.modules() if '_diffusers_hook' in vars(m) for h in m._diffusers_hook.hooks.values() if h._is_stateful]
     if isinstance(plain, CacheMixin) and plain.is_cache_enabled: caches.insert(0, plain._cache_config)
-    if caches: raise ValueError(f'{where} must have no cache, which base and tuned would share; it has {type(caches[0]).__name__}, call disable_cache() before annealed')
-    if plain._compiled_call_impl is not None: raise ValueError(f'{where} must not be compiled in place by compile(); use torch.compile({where}) instead')
+    if caches:
+        raise ValueError(f'{where} must have no cache, which base and tuned would share; '
+                         f'it has {type(caches[0]).__name__}, call disable_cache() before annealed')
+    if plain._compiled_call_impl is not None:
+        raise ValueError(f'{where} must not be compiled in place by compile(); use torch.compile({where}) instead')
+
+def _check_run(run:_Run, networks:dict[str,nn.Module], bases:dict[str,nn.Module|None])->None:
+    "Refuse what would make a run wrong: a cache, a fused LoRA, a network that is not the one with the hook."
+    for name,frozen in bases.items():
+        if getattr(run.pipe, name) is not networks[name]: raise _replaced(name, run)
+        _check_network(networks[name], f'pipe.{name}', frozen is None)
+        if frozen is not None: _check_network(frozen, f'the base of pipe.{name}', False)
 
 # %% ../nbs/13_pipelines.ipynb #c7d3a162
 def _plain(method:Callable, scheduler)->Callable:
@@ -431,7 +457,8 @@ def _watched(
 )->dict[str,Callable]: # The scheduler's `set_timesteps` and `step`, which tell the run
     "Methods of a scheduler that say what step it is."
     scheduler = run.scheduler
-    set_timesteps,step,takes = _plain(scheduler.set_timesteps, scheduler),_plain(scheduler.step, scheduler),inspect.signature(scheduler.step)
+    set_timesteps,step = _plain(scheduler.set_timesteps, scheduler),_plain(scheduler.step, scheduler)
+    takes = inspect.signature(scheduler.step)
     @wraps(set_timesteps)
     def first(own, *args, **kwargs):
         done = set_timesteps(own, *args, **kwargs)
@@ -456,10 +483,28 @@ def _registry(network:nn.Module)->HookRegistry:
 
 # %% ../nbs/13_pipelines.ipynb #8e2c40d6
 @contextmanager
+def _hooked(
+    networks:dict[str,nn.Module], # Denoisers
+    hooks:dict[str,ModelHook],    # By the same names
+)->Iterator[None]:
+    "Inside the block each network has its hook; afterwards its `forward` is what it was."
+    registries = {name:_registry(networks[name]) for name in hooks}
+    label = next(n for k in count() if not any((n:=f'draft_nb.annealed.{k}') in r.hooks for r in registries.values()))
+    own = {name:vars(networks[name]).get('forward') for name in hooks}
+    for name,hook in hooks.items(): registries[name].register_hook(hook, label)
+    try: yield
+    finally:
+        for name,r in registries.items():
+            r.remove_hook(label, recurse=False)
+            network = networks[name]
+            if own[name] is None and network.forward==MethodType(type(network).forward, network): del network.forward
+            if is_compiled_module(network) and not r.hooks: del vars(network)['_diffusers_hook']
+
+@contextmanager
 def annealed(
     pipe:DiffusionPipeline, # Any diffusers pipeline with one scheduler; its denoisers are the tuned model
     weight,                 # Anything that `parse_weight` takes; "recommended" is the one that came with the LoRA
-    base:nn.Module|DiffusionPipeline|Mapping|None=None, # Frozen denoiser, pipeline or mapping with all of them; by default the denoisers without their LoRA
+    base:nn.Module|DiffusionPipeline|Mapping|None=None, # Frozen denoiser, or a pipeline or mapping with all; by default the LoRA is off
     *, refresh:int=1,       # Ask for both predictions at every so many blended steps only, see `refreshed`; 1 is exact
     fused:bool=True,        # With a LoRA, base and tuned in one batch; False needs less memory
     adapter:str|Sequence[str]|None=None, # Name of the tuned LoRA, or of several that keep their proportions; needed where a denoiser carries more than one.
@@ -472,33 +517,20 @@ def annealed(
     refreshed(blended(None, None), refresh)
     if isinstance(weight, str) and weight=='recommended': weight = _recommended(networks, names)
     run = _Run(pipe, parse_weight(weight))
-    def check():
-        for name,frozen in bases.items():
-            if getattr(pipe, name) is not networks[name]: raise ValueError(f'the {name} of {run.name} must not be replaced inside annealed; set it before')
-            _check_network(networks[name], f'pipe.{name}', frozen is None)
-            if frozen is not None: _check_network(frozen, f'the base of pipe.{name}', False)
-    check()
     hooks = {name:_Blend(run, frozen, refresh, fused) for name,frozen in bases.items()}
+    _check_run(run, networks, bases)
     def begin():
         check_signal(scheduler)
-        check()
+        _check_run(run, networks, bases)
         run.begin()
         for name,hook in hooks.items(): hook.begin(networks[name])
     own = {k:vars(scheduler)[k] for k in ('set_timesteps','step') if k in vars(scheduler)}
-    watched,registries = _watched(run, begin),{name:_registry(networks[name]) for name in hooks}
-    label = next(n for k in count() if not any((n:=f'draft_nb.annealed.{k}') in r.hooks for r in registries.values()))
-    plain = [name for name in hooks if 'forward' not in vars(networks[name])]
-    for name,hook in hooks.items(): registries[name].register_hook(hook, label)
-    vars(scheduler).update(watched)
-    try:
-        with ExitStack() as switched:
-            for name in hooks: switched.enter_context(switching(networks[name], names[name]))
-            yield pipe
-    finally:
-        for k in watched: delattr(scheduler, k)
-        vars(scheduler).update(own)
-        for name,r in registries.items():
-            r.remove_hook(label, recurse=False)
-            if is_compiled_module(networks[name]) and not r.hooks: del vars(networks[name])['_diffusers_hook']
-        for name in plain:
-            if vars(networks[name])['forward']==MethodType(type(networks[name]).forward, networks[name]): del networks[name].forward
+    watched = _watched(run, begin)
+    with _hooked(networks, hooks), ExitStack() as switched:
+        for name in hooks: switched.enter_context(switching(networks[name], names[name]))
+        vars(scheduler).update(watched)
+        try: yield pipe
+        finally:
+            for k in watched: delattr(scheduler, k)
+            vars(scheduler).update(own)
+

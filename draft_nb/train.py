@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'LOCK', 'TRACKED', 'RECORDED', 'FREE', 'ALARMS', 'COLUMNS', 'DRaFTConfig', 'resolve', 'as_scorer',
-           'score_latents', 'draft_loss', 'features_name', 'evaluate', 'Run', 'write_aside', 'checkpoints',
-           'save_checkpoint', 'RunWarning', 'check_state', 'read_checkpoint', 'newest_checkpoint', 'holds_step',
-           'check_new', 'claimed', 'base_sha256', 'recorded', 'settings', 'deal', 'check_space', 'check_run',
-           'read_settings', 'make_optimizer', 'channels_last', 'freed_memory_kept', 'picture_generators',
-           'average_gradients', 'NotFinite', 'nan_gradient', 'skipped_steps', 'steered', 'write_history',
-           'read_history', 'shard', 'whole', 'dealt', 'alarms', 'validation', 'standardised', 'fit', 'about_run',
-           'markdown', 'model_card']
+           'score_latents', 'draft_loss', 'features_name', 'evaluate', 'Run', 'holds_step', 'check_new', 'claimed',
+           'base_sha256', 'recorded', 'settings', 'deal', 'check_space', 'make_optimizer', 'channels_last',
+           'freed_memory_kept', 'picture_generators', 'average_gradients', 'NotFinite', 'nan_gradient', 'skipped_steps',
+           'steered', 'write_history', 'read_history', 'shard', 'whole', 'dealt', 'alarms', 'validation',
+           'standardised', 'fit', 'about_run', 'markdown', 'model_card']
 
 # %% ../nbs/30_train.ipynb #3ab88559
 import copy
@@ -401,7 +399,13 @@ def read_checkpoint(
         state = None if spoiled else torch.load(path, map_location=device, weights_only=True)
     except Exception as e: raise ValueError(f'a checkpoint must be whole; {path}: {(str(e) or type(e).__name__).splitlines()[0]}') from e
     if spoiled: raise ValueError(f'a checkpoint must be whole; {path}: {spoiled} differs from its checksum')
+<<<<<<< ours
     return check_state(state, path)
+=======
+    if not isinstance(state, dict) or 'step' not in state:
+        raise ValueError(f'a checkpoint must hold the state of a run; {path} holds something else')
+    return state
+>>>>>>> theirs
 
 def newest_checkpoint(
     folder:Path, device,
@@ -480,7 +484,7 @@ def _unclaimed(folder:Path, names:set[str], made:list[Path])->None:
 RECORDED = ('num_prompts','prompts_sha256','base_sha256','scheduler','reward_stats','versions') # Keys of config.yaml that are no flags
 FREE = {'resume','max_steps','output_dir','keep_checkpoints','checkpoint_every','sample_every','log_with','patience','diversity_floor','drift',
         'gradient_checkpointing','decoder_checkpointing','reward_batch_size','vae_slicing','offload_text_encoders','sharded',
-        'device','base_device','prompts','prompt_column','versions'} # Keys that a resumed run may change; the prompts themselves are compared by their digest
+        'device','base_device','prompts','prompt_column','versions'} # Keys that a resumed run may change; a digest compares the prompts
 
 @torch.no_grad()
 def base_sha256(
@@ -615,7 +619,16 @@ def read_settings(
     "What a run's `config.yaml` holds."
     file = folder/'config.yaml'
     if not file.is_file(): raise ValueError(f'resume needs the config.yaml of the run; there is none in {folder}')
+<<<<<<< ours
     return about_run(folder)
+=======
+    try: old = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        why = ' '.join(str(e).split())
+        raise ValueError(f'config.yaml must be YAML; {file}: {why}') from None
+    if not isinstance(old, dict): raise ValueError(f'config.yaml must hold names and values; {file} does not')
+    return old
+>>>>>>> theirs
 
 def _check_resumed(folder:Path, about:dict)->None:
     "A resumed run must be the same run; other versions of the libraries are only said."
@@ -623,9 +636,10 @@ def _check_resumed(folder:Path, about:dict)->None:
     old.setdefault('normalize', 'base' if old.get('reward_stats') else None)
     changed = [f'{k}: {old[k]!r} -> {v!r}' for k,v in about.items() if k not in FREE and k in old and not _same(k, old[k], v)]
     if changed: raise ValueError(f'a resumed run must keep its configuration; changed: {"; ".join(changed)}')
-    steps,paced = old.get('max_steps'),about['lr_scheduler'] not in ('constant','constant_with_warmup')
-    if paced and steps not in (None,about['max_steps']):
-        warnings.warn(f'lr_scheduler {about["lr_scheduler"]} ends with the run: max_steps {steps} -> {about["max_steps"]} changes the learning rate of the steps to come', RunWarning, stacklevel=2)
+    steps,end,pace = old.get('max_steps'),about['max_steps'],about['lr_scheduler']
+    if pace not in ('constant','constant_with_warmup') and steps not in (None,end):
+        what = f'lr_scheduler {pace} ends with the run: max_steps {steps} -> {end} changes the learning rate of the steps to come'
+        warnings.warn(what, RunWarning, stacklevel=2)
     before = old.get('versions') or {}
     newer = [f'{k} {before[k]} -> {v}' for k,v in about['versions'].items() if k in before and before[k]!=v]
     if newer: warnings.warn(f'{folder} goes on with other versions, so its steps may differ: {", ".join(newer)}', RunWarning, stacklevel=2)
@@ -642,7 +656,8 @@ def _check_history(folder:Path, state:dict|None)->None:
     every = read_settings(folder).get('checkpoint_every', 1)
     saved = [r['step'] for r in rows[:-1] if r['step']%every==0 and not r.get('skipped')]
     finished = any((folder/name).is_file() for name in ('pytorch_lora_weights.safetensors','model_index.json'))
-    if saved or finished: raise ValueError(f'resume needs a checkpoint; {folder} has {len(rows)} steps in its history and no file in checkpoints')
+    if saved or finished:
+        raise ValueError(f'resume needs a checkpoint; {folder} has {len(rows)} steps in its history and no file in checkpoints')
     warnings.warn(f'{folder} has no checkpoint yet; its {len(rows)} steps are done again, from step 0', RunWarning, stacklevel=2)
 
 def _plain(config:DRaFTConfig)->dict: return {k:list(v) if isinstance(v, tuple) else v for k,v in asdict(config).items()}
@@ -721,7 +736,8 @@ class _Training:
         if shapes[0]!=shapes[1]: raise ValueError(f'a checkpoint must hold the parameters of this model, {len(params)} tensors; its {len(state["parameters"])} differ in number or shape')
         if n!=state['processes']: raise ValueError(f'a resumed run must keep its number of processes, {state["processes"]}; got {n}')
         found,wanted = ([tuple(p.shape) for p in each] for each in (state['parameters'],params))
-        if found!=wanted: raise ValueError(f'a checkpoint must hold the weights that learn; it holds {len(found)} tensors of other shapes than the {len(wanted)} of the model')
+        if found!=wanted:
+            raise ValueError(f'a checkpoint must hold the weights that learn; it holds {len(found)} tensors of other shapes than the {len(wanted)} of the model')
         with torch.no_grad():
             for p,q in zip(params, state['parameters'], strict=True): p.copy_(dealt(q, p))
         parts = {k:{name:dealt(v, params[k]) if name!='step' else v for name,v in part.items()} for k,part in optimizer['state'].items()}
