@@ -24,6 +24,16 @@ import yaml
 
 from .prompts import read_prompts
 
+# %% ../nbs/42_cli.ipynb #a4c20030
+MARK = '\0' # Stands before a text of a YAML file that is no flag, see below; no shell can pass it
+
+def _unmarked(value):
+    "A text, a tuple or a dataclass without the marks."
+    if isinstance(value, str): return value.removeprefix(MARK)
+    if isinstance(value, tuple): return tuple(_unmarked(v) for v in value)
+    if not is_dataclass(value): return value
+    return replace(value, **{f.name:_unmarked(getattr(value, f.name)) for f in fields(value)})
+
 # %% ../nbs/42_cli.ipynb #3bbffe9e
 def flag_types(
     cls:type, # A dataclass
@@ -79,7 +89,6 @@ class _AsWritten(yaml.SafeLoader):
 for _kind in 'bool','int','float','timestamp': _AsWritten.add_constructor(f'tag:yaml.org,2002:{_kind}', yaml.SafeLoader.construct_yaml_str)
 
 # %% ../nbs/42_cli.ipynb #a4c20033
-MARK = '\0' # No shell can pass it, so it means nothing else
 _truths = dict.fromkeys(('yes','on','true'), True) | dict.fromkeys(('no','off','false'), False)
 
 def _as_typed(name:str, kind, value, path:Path)->list[str]:
@@ -95,13 +104,6 @@ def _as_typed(name:str, kind, value, path:Path)->list[str]:
         if not isinstance(item, str): raise ValueError(f"{name} must be a list of single values; {path} holds {item!r} (a text with ': ' needs quotes)")
     if kind!=tuple[str,...]: return [f'--{name}', *value]
     return [f'--{name}', *(MARK+item if item.startswith('-') else item for item in value)]
-
-def _unmarked(value):
-    "A text, a tuple or a dataclass without the marks."
-    if isinstance(value, str): return value.removeprefix(MARK)
-    if isinstance(value, tuple): return tuple(_unmarked(v) for v in value)
-    if not is_dataclass(value): return value
-    return replace(value, **{f.name:_unmarked(getattr(value, f.name)) for f in fields(value)})
 
 # %% ../nbs/42_cli.ipynb #f8a26d4e
 def read_config(
