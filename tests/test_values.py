@@ -120,7 +120,7 @@ def test_weights_of_combinations(value):
 def test_pictures_that_are_nan_are_called_so():
     images = torch.rand(3, 3, 4, 4)
     images[1, 0, 0, 0] = NAN
-    with pytest.raises(ValueError, match="images must be finite; got NaN in 1 of 3 images"): check_images(images, ["a"] * 3)
+    with pytest.raises(ValueError, match="images must be finite, NaN is no colour; got nan in 1 of 3 images"): check_images(images, ["a"] * 3)
     with pytest.raises(ValueError, match=r"images must lie in \[0,1\]; got -?[\d.]+ to inf"): check_images(torch.full((1, 3, 4, 4), INF).index_fill(1, torch.tensor(0), 0.), ["a"])
 
 
