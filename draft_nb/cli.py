@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARK', 'NEW_FOLDER', 'COMMANDS', 'flag_types', 'nearest', 'parse_flags', 'read_config', 'check_output', 'said_of',
-           'quiet', 'new_folder', 'take_folder', 'train_flags', 'Sample', 'draw', 'Sweep', 'sweep', 'App', 'check_port',
-           'app', 'Export', 'export', 'Bench', 'bench', 'Command', 'heard', 'one_line', 'verdict', 'main']
+           'quiet', 'new_folder', 'take_folder', 'train_flags', 'train', 'listed', 'report', 'Sample', 'draw', 'Sweep',
+           'sweep', 'App', 'check_port', 'app', 'Export', 'export', 'Bench', 'bench', 'Command', 'heard', 'one_line',
+           'verdict', 'main']
 
 # %% ../nbs/42_cli.ipynb #42f4f8a9
 import sys
@@ -37,6 +38,16 @@ except KeyboardInterrupt:
     print('draft-nb: interrupted', file=sys.stderr)
     raise SystemExit(130) from None
 
+
+# %% ../nbs/42_cli.ipynb #a4c20030
+MARK = '\0' # Stands before a text of a YAML file that is no flag, see below; no shell can pass it
+
+def _unmarked(value):
+    "A text, a tuple or a dataclass without the marks."
+    if isinstance(value, str): return value.removeprefix(MARK)
+    if isinstance(value, tuple): return tuple(_unmarked(v) for v in value)
+    if not is_dataclass(value): return value
+    return replace(value, **{f.name:_unmarked(getattr(value, f.name)) for f in fields(value)})
 
 # %% ../nbs/42_cli.ipynb #3bbffe9e
 def flag_types(
@@ -103,7 +114,6 @@ class _AsWritten(yaml.SafeLoader):
 for _kind in 'bool','int','float','timestamp': _AsWritten.add_constructor(f'tag:yaml.org,2002:{_kind}', yaml.SafeLoader.construct_yaml_str)
 
 # %% ../nbs/42_cli.ipynb #a4c20033
-MARK = '\0' # No shell can pass it, so it means nothing else
 _truths = dict.fromkeys(('yes','on','true'), True) | dict.fromkeys(('no','off','false'), False)
 
 def _as_typed(name:str, kind, value, path:Path)->list[str]:
@@ -119,13 +129,6 @@ def _as_typed(name:str, kind, value, path:Path)->list[str]:
         if not isinstance(item, str): raise ValueError(f"{name} must be a list of single values; {path} holds {item!r} (a text with ': ' needs quotes)")
     if kind!=tuple[str,...]: return [f'--{name}', *value]
     return [f'--{name}', *(MARK+item if item.startswith('-') else item for item in value)]
-
-def _unmarked(value):
-    "A text, a tuple or a dataclass without the marks."
-    if isinstance(value, str): return value.removeprefix(MARK)
-    if isinstance(value, tuple): return tuple(_unmarked(v) for v in value)
-    if not is_dataclass(value): return value
-    return replace(value, **{f.name:_unmarked(getattr(value, f.name)) for f in fields(value)})
 
 # %% ../nbs/42_cli.ipynb #f8a26d4e
 def read_config(
@@ -320,13 +323,9 @@ def train(
         if flags.config and not config.resume and _rank()==0: _say_changes(flags.config, model, prompts)
         try:
             with _with_folder(config, model.device) as config: done = fit(model, reward, prompts, config, judge=judge, flags=own)
-<<<<<<< ours
         except NotFinite as e: raise ValueError(str(e)) from e
-        except KeyboardInterrupt: raise KeyboardInterrupt(f'go on from the last checkpoint with --resume --output_dir {config.output_dir}') from None
-=======
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f'go on from the last checkpoint with --resume --output_dir {config.output_dir}') from None
->>>>>>> theirs
         finally: _leave_group()
     if _rank()==0: report(done, flags.model)
 

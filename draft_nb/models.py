@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['JOINT_TARGETS', 'FAMILIES', 'TEXT_ENCODER', 'clamp_unit', 'Denoiser', 'Model', 'check_prompts', 'encode',
            'park_text_encoders', 'latents', 'decode', 'timesteps_kwargs', 'check_interval', 'denoiser',
-           'prefix_network', 'update_prefix', 'save', 'StableDiffusion', 'StableDiffusionXL', 'dynamic_shift',
-           'StableDiffusion3', 'Flux', 'Sana', 'asset', 'check_device', 'check_family', 'weight_files', 'unread',
-           'check_weights', 'without_history', 'load', 'attach']
+           'prefix_network', 'update_prefix', 'save', 'StableDiffusion', 'StableDiffusionXL', 'PixArtSigma',
+           'dynamic_shift', 'StableDiffusion3', 'Flux', 'Sana', 'asset', 'check_device', 'check_family', 'weight_files',
+           'unread', 'check_weights', 'without_history', 'load', 'attach']
 
 # %% ../nbs/12_models.ipynb #679d9a22
 import inspect
@@ -417,15 +417,9 @@ class PixArtSigma(Model):
         "Save what was learned; beside the file of the other families, `PeftModel.from_pretrained(pipe.transformer, folder)` loads it."
         path = super().save(folder, **options)
         if self.frozen is None:
-<<<<<<< ours
             tensors,config = lora_state(self.network)
             (Path(folder)/'adapter_config.json').write_text(json.dumps(config, indent=2))
             with usual_modes(folder): save_file({f'base_model.model.{k}':v.contiguous() for k,v in tensors.items()}, Path(folder)/'adapter_model.safetensors')
-=======
-            self.network.peft_config['default'].save_pretrained(folder)
-            tensors = {f'base_model.model.{k}':v.contiguous() for k,v in lora_state(self.network)[0].items()}
-            with usual_modes(folder): save_file(tensors, Path(folder)/'adapter_model.safetensors')
->>>>>>> theirs
         return path
 
 # %% ../nbs/12_models.ipynb #0543dded

@@ -99,7 +99,7 @@ def check_images(
     if odd:=[p for p in prompts if not isinstance(p, str)]: raise ValueError(f'prompts must be texts; got {odd[0]!r}')
     if not images.numel(): raise ValueError(f'images must have pixels; got {_shape(images)}')
     low,high = images.detach().aminmax()
-    if low.isnan(): raise ValueError(f'images must be finite; got NaN in {int(images.isnan().flatten(1).any(1).sum())} of {len(images)} images')
+    if low.isnan(): raise ValueError(f'images must be finite, NaN is no colour; got nan in {int(images.isnan().flatten(1).any(1).sum())} of {len(images)} images')
     if not (low>=-.01 and high<=1.01): raise ValueError(f'images must lie in [0,1]; got {low.item():.3g} to {high.item():.3g}')
 
 # %% ../nbs/20_rewards.ipynb #a80cc172

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'LOCK', 'TRACKED', 'RECORDED', 'FREE', 'ALARMS', 'COLUMNS', 'DRaFTConfig', 'resolve', 'as_scorer',
-           'score_latents', 'draft_loss', 'features_name', 'evaluate', 'Run', 'holds_step', 'check_new', 'claimed',
-           'base_sha256', 'recorded', 'settings', 'deal', 'check_space', 'make_optimizer', 'channels_last',
-           'freed_memory_kept', 'picture_generators', 'average_gradients', 'NotFinite', 'nan_gradient', 'skipped_steps',
-           'steered', 'write_history', 'read_history', 'shard', 'whole', 'dealt', 'alarms', 'validation',
-           'standardised', 'fit', 'about_run', 'markdown', 'model_card']
+           'score_latents', 'draft_loss', 'features_name', 'evaluate', 'Run', 'write_aside', 'checkpoints',
+           'save_checkpoint', 'RunWarning', 'check_state', 'read_checkpoint', 'newest_checkpoint', 'holds_step',
+           'check_new', 'claimed', 'base_sha256', 'recorded', 'settings', 'deal', 'check_space', 'check_run',
+           'read_settings', 'make_optimizer', 'channels_last', 'freed_memory_kept', 'picture_generators',
+           'average_gradients', 'NotFinite', 'nan_gradient', 'skipped_steps', 'steered', 'write_history',
+           'read_history', 'shard', 'whole', 'dealt', 'alarms', 'validation', 'standardised', 'fit', 'about_run',
+           'markdown', 'model_card']
 
 # %% ../nbs/30_train.ipynb #3ab88559
 import copy
@@ -399,13 +401,7 @@ def read_checkpoint(
         state = None if spoiled else torch.load(path, map_location=device, weights_only=True)
     except Exception as e: raise ValueError(f'a checkpoint must be whole; {path}: {(str(e) or type(e).__name__).splitlines()[0]}') from e
     if spoiled: raise ValueError(f'a checkpoint must be whole; {path}: {spoiled} differs from its checksum')
-<<<<<<< ours
     return check_state(state, path)
-=======
-    if not isinstance(state, dict) or 'step' not in state:
-        raise ValueError(f'a checkpoint must hold the state of a run; {path} holds something else')
-    return state
->>>>>>> theirs
 
 def newest_checkpoint(
     folder:Path, device,
@@ -619,16 +615,7 @@ def read_settings(
     "What a run's `config.yaml` holds."
     file = folder/'config.yaml'
     if not file.is_file(): raise ValueError(f'resume needs the config.yaml of the run; there is none in {folder}')
-<<<<<<< ours
     return about_run(folder)
-=======
-    try: old = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        why = ' '.join(str(e).split())
-        raise ValueError(f'config.yaml must be YAML; {file}: {why}') from None
-    if not isinstance(old, dict): raise ValueError(f'config.yaml must hold names and values; {file} does not')
-    return old
->>>>>>> theirs
 
 def _check_resumed(folder:Path, about:dict)->None:
     "A resumed run must be the same run; other versions of the libraries are only said."
