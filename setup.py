@@ -33,6 +33,7 @@ setup(
     packages=find_packages(include=["draft_nb", "draft_nb.*"]),
     package_data={"draft_nb": ["assets/**/*"]},
     python_requires=f">={cfg['min_python']}",
+    classifiers=["Programming Language :: Python :: 3", *(f"Programming Language :: Python :: {v}" for v in cfg["pythons"].split())], # pytest ran on these
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={
