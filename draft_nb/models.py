@@ -28,10 +28,10 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -663,16 +663,25 @@ def _whole(source:str, dtype:torch.dtype)->DiffusionPipeline:
         if isinstance(part, nn.Module): check_weights(part, folder/name if (folder/name).is_dir() else folder)
     return pipe
 
-def _check_single_file(pipe:DiffusionPipeline, file:str, config:str)->None:
-    "Refuse a pipeline from one file that has not got all its numbers from there, or from the folder of its settings."
-    seen = _glimpses([Path(file)])
-    for name,part in pipe.components.items():
-        if not isinstance(part, nn.Module): continue
-        tensors = part.state_dict(keep_vars=True)
-        if empty:=[n for n,t in tensors.items() if t.is_meta]: raise ValueError(_lacking(file, part, empty))
-        matrices = [t for t in tensors.values() if t.ndim>1 and t.is_floating_point() and _glimpse(t.detach(), t.shape).std()>0]
-        if not any(_alike(t, s) for t in matrices for s in seen.values()):
-            check_weights(part, Path(config if Path(config).exists() else snapshot_download(config, local_files_only=True))/name)
+def _single_file_misfit(file:str, config:str)->str|None:
+    "The first network of a checkpoint in one file that lacks tensors or has them in another shape, in words."
+    for name,made in DiffusionPipeline.load_config(config).items():
+        if not isinstance(made, (list,tuple)) or made[1] not in SINGLE_FILE_LOADABLE_CLASSES: continue
+        cls = getattr(diffusers, made[1])
+        with torch.device('meta'): network = cls.from_config(cls.load_config(config, subfolder=name))
+        convert = SINGLE_FILE_LOADABLE_CLASSES[made[1]]['checkpoint_mapping_fn']
+        try: there = convert(config=dict(network.config), checkpoint=dict(load_single_file_checkpoint(file)))
+        except KeyError as e: return _lacking(file, network, [str(e.args[0])])
+        own = {k:tuple(v.shape) for k,v in network.state_dict().items()}
+        other = [f'{k} {tuple(there[k].shape)} instead of {shape}' for k,shape in own.items() if k in there and tuple(there[k].shape)!=shape]
+        if wrong:=[k for k in own if k not in there]+other: return _lacking(file, network, wrong)
+    return None
+
+def _check_single_file(pipe:DiffusionPipeline, file:str)->None:
+    "Refuse a pipeline from one file whose networks have tensors without numbers: diffusers fills what is there, and leaves the rest empty."
+    for part in pipe.components.values():
+        empty = [n for n,t in part.state_dict(keep_vars=True).items() if t.is_meta] if isinstance(part, nn.Module) else []
+        if empty: raise ValueError(_lacking(file, part, empty))
 
 # %% ../nbs/12_models.ipynb #20bcd45b
 def _single_file(file:str, config:str|Path|None, dtype:torch.dtype)->DiffusionPipeline:
@@ -684,8 +693,10 @@ def _single_file(file:str, config:str|Path|None, dtype:torch.dtype)->DiffusionPi
     except OSError as e: raise ValueError(f'config must be a diffusers folder, or a hub id that can be reached, with the settings of {file}; got {config}') from e
     check_family(kind)
     try: pipe = getattr(diffusers, kind).from_single_file(file, config=config, dtype=dtype)
-    except Exception as e: raise ValueError(f'model must be a whole {kind} that fits the settings in {config}; {file}: {str(e).splitlines()[0]}') from e
-    _check_single_file(pipe, file, config)
+    except Exception as e:
+        why = _single_file_misfit(file, config) or f'{file}: {str(e).splitlines()[0]}'
+        raise ValueError(f'model must be a whole {kind} that fits the settings in {config}; {why}') from e
+    _check_single_file(pipe, file)
     return pipe
 
 def without_history(
