@@ -248,8 +248,10 @@ def test_processes_part_in_good_order(tmp_path, monkeypatch):
 
 def test_export_to_the_hub(tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr(export, "check_hub", lambda: None)
     sent = []
     monkeypatch.setattr(export, "export_lora", lambda *_, **__: tmp_path / "out" / "k.safetensors")
     monkeypatch.setattr(export, "push_to_hub", lambda folder, name, private: sent.append((folder, name, private)) or "address")
-    assert main(["export", "--run", "x", "--format", "kohya", "--push-to-hub", "owner/name", "--private"]) == 0
+    assert main(["export", "--run", str(tmp_path / "x"), "--format", "kohya", "--push-to-hub", "owner/name", "--private"]) == 0
     assert sent == [(tmp_path / "out", "owner/name", True)] and capsys.readouterr().out.endswith("address\n")
