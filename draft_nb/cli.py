@@ -558,12 +558,12 @@ def export(
     from draft_nb.export import FORMATS, check_hub, check_repo, export_lora, push_to_hub
     known,run = flag_types(Export),args.run.rstrip('/') or '/'
     if args.format not in FORMATS: raise ValueError(f'format must be one of {", ".join(FORMATS)}; got {args.format!r}')
+    if args.push_to_hub:
+        with said_of('push_to_hub', known, repo_id='push_to_hub'): check_repo(args.push_to_hub)
     if not Path(run).is_dir(): raise ValueError(f'run must be the folder of a run; there is no folder {run}')
     folder = Path(args.output_dir or f'{run}-{args.format}')
     check_output('output_dir', folder.parent if folder.suffix=='.safetensors' else folder)
-    if args.push_to_hub:
-        with said_of('push_to_hub', known, repo_id='push_to_hub'): check_repo(args.push_to_hub)
-        check_hub()
+    if args.push_to_hub: check_hub()
     with said_of('run', known, adapter='run', path='output_dir'): written = export_lora(run, folder, args.format, title=args.title, device='cpu')
     print(written)
     if args.push_to_hub:
