@@ -9,7 +9,10 @@ uv finds the versions (`--resolution lowest-direct`); what those packages need t
 torch and torchvision are those of the Python that runs the script, unless --torch says otherwise: a second build of
 torch is a download of gigabytes. The floor of torch in settings.ini is therefore declared, not tested.
 
-Last run: never.
+Last run: 2026-11-26 on Python 3.11.7, passed, with torch 2.13.0+cpu, torchvision 0.28.0, diffusers 0.42.0,
+transformers 5.6.0, peft 0.18.0, accelerate 1.10.0, open_clip_torch 3.3.0, safetensors 0.8.0, huggingface_hub 1.32.0,
+gradio 6.0.0, numpy 1.26.0, pandas 2.1.0, pillow 10.0.0, matplotlib 3.8.0, pyyaml 6.0.1, tqdm 4.60.0, tyro 1.0.0.
+One step below, seen to fail: transformers 5.5.4 (random text encoder), open_clip_torch 3.2.0, peft 0.17.0.
 """
 import argparse
 import importlib

@@ -270,6 +270,7 @@ def read_and_count(
     "Prompts, and how many there are, how many repeat an earlier one, how many rows have none."
     path = Path(path)
     if not path.exists(): raise ValueError(f'prompts must be a file that exists; there is no {path}')
+    if not (path.is_file() or path.is_dir()): raise ValueError(f'prompts must be a file or a folder; {path} is neither')
     try: texts,where = (_folder if path.is_dir() else READERS.get(_ending(path), _lines))(path, column)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise ValueError(f'prompts must be a whole file; {path}: {e}') from None
     for t in texts:

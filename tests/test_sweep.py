@@ -170,7 +170,7 @@ def parts(**more): return dict(rewards=["tiny", "tiny-judge"], prompts=PROMPTS, 
 
 @pytest.mark.parametrize("change, message", [
     (dict(seeds=1), "seeds must be at least 2, diversity is not defined for fewer; got 1"),
-    (dict(seeds=[5]), "seeds must be at least 2"),
+    (dict(seeds=[5]), "seeds must lie in 2..10000"),
     (dict(seeds=[5, 5]), "seeds must differ"),
     (dict(rewards="tiny"), "judge must be given, a reward that was not trained against; got tiny alone"),
     (dict(rewards=["tiny"], judge="tiny"), "judge must be held out; tiny was trained against"),
@@ -359,9 +359,9 @@ def test_keep_recommendation_without_a_card(run):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--weights", "linear,draft"], "weights must hold base"), (["--weights", "base,base"], "base is there 2 times"), (["--seeds", "1"], "seeds must be at least 2"),
+    (["--weights", "linear,draft"], "weights must hold base"), (["--weights", "base,base"], "base is there 2 times"), (["--seeds", "1"], "seeds must lie in 2..10000"),
     (["--scales", "a"], "scales must be numbers"), (["--model", "owner/name"], "judge must be given"), (["--judge", "tiny"], "judge must be held out"),
-    (["--keep", "2"], "keep must lie in"), (["--prompts", "nowhere.txt"], "there is no nowhere.txt"), (["--output_dir", __file__], "folder must be one that can be written to"),
+    (["--keep", "2"], "keep must lie in"), (["--prompts", "nowhere.txt"], "there is no nowhere.txt"), (["--output_dir", __file__], "output_dir must be a folder"),
 ])
 def test_command_refuses(run, argv, message, capsys, drawn, monkeypatch):
     if "owner/name" in argv: monkeypatch.setattr("draft_nb.models.load", lambda *_, **__: load("tiny", adapter=run, device="cpu"))
