@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'WEIGHT_KEY', 'NOT_LORA', 'lora_layers', 'base_adapters', 'tuned_adapters', 'the_tuned',
            'keep_as_base', 'placed', 'check_adapters', 'add_lora', 'trainable', 'lora_state', 'base_of', 'switching',
-           'fusable', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge', 'lora_kind',
-           'lora_model', 'lora_parts', 'load_lora']
+           'fusable', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy', 'remerge', 'fused_copy',
+           'lora_kind', 'lora_model', 'lora_parts', 'load_lora']
 
 # %% ../nbs/11_adapters.ipynb #f62b6d7c
 import copy
@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -326,6 +325,20 @@ def remerge(
         for p,q in zip(plain.parameters(), network.parameters(), strict=True): p.copy_(q)
     return plain
 
+def fused_copy(
+    network:nn.Module, # With any adapters
+)->nn.Module:          # Without adapters
+    "A copy with every adapter that acts added to the weights; it is saved as a whole network."
+    fused = copy.deepcopy(network)
+    for layer in lora_layers(fused):
+        if not layer.disable_adapters: layer.merge(safe_merge=True)
+    layers = {n:m for n,m in fused.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name,layer in layers.items():
+        if not any(name.startswith(f'{n}.') for n in layers): fused.set_submodule(name, layer.get_base_layer())
+    del fused.peft_config
+    fused._hf_peft_config_loaded = False
+    return fused
+
 def _sum_into(own:torch.Tensor, layer:BaseTunerLayer)->None:
     "W + scale B A, rounded once; in one operation where all is of one dtype."
     base,adapters = layer.get_base_layer().weight,_acting(layer)
@@ -381,12 +394,13 @@ def lora_parts(
     tensors:dict[str,torch.Tensor], # As a file names them
     network:nn.Module,
     prefix:str,                     # Name of the network in a pipeline: "unet" or "transformer"
+    modern:Callable[[dict],dict]=dict, # Older names of diffusers -> those of peft; by default as they are
 )->tuple[dict[str,dict[str,torch.Tensor]],list[str]]: # For each layer lora_A.weight, lora_B.weight, alpha, …; and the names without a place
     "A file's tensors, layer by layer."
     places = _places(network)
     flat,parts,unknown = {n.replace('.', '_'):n for n in places},{},[]
     for name,tensor in tensors.items():
-        read = _TENSOR.fullmatch(next(iter(convert_unet_state_dict_to_peft({name:tensor}))))
+        read = _TENSOR.fullmatch(next(iter(modern({name:tensor}))))
         layer = read and _place(read['layer'], places, flat, prefix)
         if layer is None:
             unknown.append(name)
@@ -436,6 +450,7 @@ def load_lora(
     file:str|Path,      # A safetensors file of kohya, diffusers or peft
     prefix:str,         # Of the names that belong to this network: "unet" or "transformer"
     *, name:str='default', # Name of the adapter
+    modern:Callable[[dict],dict]=dict, # Tensors under older names of diffusers -> under those of peft; by default as they are
     published:Callable[[dict],dict]|None=None, # Tensors under the names of the published network -> under those of diffusers
 )->None:
     "Put a trained LoRA on a network: all of it, with the scale of every layer, or a ValueError."
@@ -446,11 +461,11 @@ def load_lora(
     def refuse(rule, bad, of=tensors, word='tensors'): raise ValueError(f'adapter must {rule}; {file} ({kind}): {len(bad)} of {len(of)} {word}, first {bad[0]}')
     if not tensors: raise ValueError(f'adapter must hold a LoRA; {file} holds no tensors')
     _check_tensors(tensors, refuse)
-    parts,unknown = lora_parts(tensors, network, prefix)
+    parts,unknown = lora_parts(tensors, network, prefix, modern)
     if unknown and published is not None:
         try: renamed = published(tensors)
         except Exception as e: raise ValueError(f'adapter must fit {type(network).__name__}; {file} ({kind}): {len(unknown)} of {len(tensors)} tensors have no place in it, first {unknown[0]}') from e
-        parts,left = lora_parts(renamed, network, prefix)
+        parts,left = lora_parts(renamed, network, prefix, modern)
         homeless = {id(renamed[n]) for n in left}
         unknown = [n for n,v in tensors.items() if id(v) in homeless] or left
     if unknown: refuse(f'fit {type(network).__name__}, which has no place for some', unknown)

@@ -7,7 +7,6 @@ __all__ = ['FORMATS', 'CARD', 'STAYS', 'original_block', 'kohya_state', 'archite
            'check_repo', 'push_to_hub']
 
 # %% ../nbs/31_export.ipynb #bb7f0cc4
-import copy
 import hashlib
 import re
 from datetime import datetime, timezone
@@ -20,12 +19,11 @@ import yaml
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn, tensor
 
-from .adapters import WEIGHT_KEY, lora_layers, the_tuned, tuned_adapters
+from .adapters import WEIGHT_KEY, fused_copy, lora_layers, the_tuned, tuned_adapters
 from .models import Model, load
 from .train import Run, write_aside
 
@@ -185,23 +183,11 @@ def _save_merged(model:Model, folder:Path)->Path:
     if folder.suffix=='.safetensors': raise ValueError(f'a whole pipeline is written to a folder; got the file {folder}')
     carry = {n:p for n,p in model.pipe.components.items() if isinstance(p, nn.Module) and lora_layers(p)}
     try:
-        for name,part in carry.items(): setattr(model.pipe, name, _fused(part))
+        for name,part in carry.items(): setattr(model.pipe, name, fused_copy(part))
         model.pipe.save_pretrained(folder)
     finally:
         for name,part in carry.items(): setattr(model.pipe, name, part)
     return folder
-
-def _fused(network:nn.Module)->nn.Module:
-    "A copy with every LoRA that acts added to the weights, and without adapters."
-    fused = copy.deepcopy(network)
-    for layer in lora_layers(fused):
-        if not layer.disable_adapters: layer.merge(safe_merge=True)
-    layers = {n:m for n,m in fused.named_modules() if isinstance(m, BaseTunerLayer)}
-    for name,layer in layers.items():
-        if not any(name.startswith(f'{n}.') for n in layers): fused.set_submodule(name, layer.get_base_layer())
-    del fused.peft_config
-    fused._hf_peft_config_loaded = False
-    return fused
 
 # %% ../nbs/31_export.ipynb #e72a2a5f
 STAYS = ['checkpoints/*', '*/checkpoints/*', '*.part', '*events.out.tfevents*', '.*', '*/.*'] # Patterns of what is not uploaded

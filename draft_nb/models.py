@@ -630,5 +630,6 @@ def _load_lora(model:Model, path:Path, name:str)->None:
     except Exception as e: raise ValueError(f'adapter must be a safetensors file; {file}: {str(e).splitlines()[0]}') from e
     if also:=[n for n in names if n.startswith(TEXT_ENCODER)]:
         raise ValueError(f'adapter must be for the denoiser alone, so that weight 0 is the base; {file} ({lora_kind(names, notes)}) tunes a text encoder too: {len(also)} of {len(names)} tensors, first {also[0]}')
-    load_lora(model.network, file, model.component, name=name, published=partial(_published, model) if 'lora_state_dict' in dir(model.pipe) else None)
+    load_lora(model.network, file, model.component, name=name, modern=convert_unet_state_dict_to_peft,
+              published=partial(_published, model) if 'lora_state_dict' in dir(model.pipe) else None)
     if WEIGHT_KEY in notes: recommend(model.network, notes[WEIGHT_KEY])
