@@ -141,7 +141,8 @@ def export_lora(
     if path.is_file()!=(path.suffix=='.safetensors') and path.exists(): raise ValueError(f'path must be a folder or a .safetensors file; got {path}')
     model,about,kept = trained(source, device)
     for name,part in model.pipe.components.items():
-        if part is not model.network and isinstance(part, nn.Module) and tuned_adapters(part): raise ValueError(f'the LoRA must be on the {model.component} alone; there is one on the {name}, which would be lost')
+        if part is not model.network and isinstance(part, nn.Module) and tuned_adapters(part):
+            raise ValueError(f'the LoRA must be on the {model.component} alone; there is one on the {name}, which would be lost')
     whole = not tuned_adapters(model.network)
     if whole and format=='kohya': raise ValueError(f'format kohya holds a LoRA; {model.name} has none: use merged')
     if whole and isinstance(source, Model) and model.frozen is None: raise ValueError(f'{model.name} carries no adapter: there is nothing to export')

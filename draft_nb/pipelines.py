@@ -114,7 +114,8 @@ def _base_network(pipe:DiffusionPipeline, base)->nn.Module|None:
     "The base's denoiser, checked against the tuned one."
     tuned = denoiser_of(pipe)
     if base is None:
-        if not tuned_adapters(tuned) and not lora_layers(tuned): raise ValueError(f'pipe must carry a LoRA, or base be given; the {type(tuned).__name__} of {type(pipe).__name__} carries none')
+        if not tuned_adapters(tuned) and not lora_layers(tuned):
+            raise ValueError(f'pipe must carry a LoRA, or base be given; the {type(tuned).__name__} of {type(pipe).__name__} carries none')
         return None
     if isinstance(base, DiffusionPipeline):
         kinds = [p.scheduler.config.get('prediction_type', 'flow') for p in (base, pipe)]
@@ -130,20 +131,25 @@ def _chosen(pipe:DiffusionPipeline, base, adapter)->list[str]|None:
     "Names of the LoRAs that are the tuned part: what was asked for, or the only one; None where a base is given."
     network = denoiser_of(pipe)
     if base is not None:
-        if adapter is not None: raise ValueError(f'adapter names the tuned LoRA of a pipe whose base is the denoiser without it; got {adapter!r} and a base')
+        if adapter is not None:
+            raise ValueError(f'adapter names the tuned LoRA of a pipe whose base is the denoiser without it; got {adapter!r} and a base')
         return None
     active = [n for n in network.peft_config if any(n in l.active_adapters for l in lora_layers(network, [n]))]
     if adapter is None:
         names = [n for n in tuned_adapters(network) if n in active] or active
-        if len(names)!=1: raise ValueError(f'adapter must name the tuned LoRA where a pipe carries several ({", ".join(names)}); the others belong to the base')
+        if len(names)!=1:
+            raise ValueError(f'adapter must name the tuned LoRA where a pipe carries several ({", ".join(names)}); the others '
+                             f'belong to the base')
     else: names = [adapter] if isinstance(adapter, str) else list(adapter)
     unknown = [n for n in names if n not in active]
-    if unknown or not names: raise ValueError(f'adapter must name LoRAs that act on the {type(network).__name__} ({", ".join(active)}); got {adapter!r}')
+    if unknown or not names:
+        raise ValueError(f'adapter must name LoRAs that act on the {type(network).__name__} ({", ".join(active)}); got {adapter!r}')
     check_adapters(network, names)
     for name,part in pipe.components.items():
         if part is network or not isinstance(part, nn.Module): continue
         also = [n for n in names if any(n in l.active_adapters and not l.disable_adapters for l in lora_layers(part, [n]))]
-        if also: raise ValueError(f'the tuned LoRA must be on the denoiser alone, so that weight 0 is the base; {also[0]} is on the {name} too')
+        if also:
+            raise ValueError(f'the tuned LoRA must be on the denoiser alone, so that weight 0 is the base; {also[0]} is on the {name} too')
     return names
 
 @contextmanager
@@ -153,7 +159,7 @@ def annealed(
     base:nn.Module|DiffusionPipeline|None=None, # The frozen denoiser, or a pipeline with it; by default the denoiser without its LoRA
     *, refresh:int=1,       # Ask for both predictions at every so many blended steps only, see `refreshed`; 1 is exact
     fused:bool=True,        # With a LoRA, base and tuned in one batch; False needs less memory
-    adapter:str|Sequence[str]|None=None, # Name of the tuned LoRA, or of several that keep their proportions; needed where a pipe carries more than one. The others belong to the base
+    adapter:str|Sequence[str]|None=None, # Names of the tuned LoRAs, needed where a pipe carries several; the others belong to the base
 )->Iterator[DiffusionPipeline]: # The same pipeline
     "Inside the block the pipeline draws with (1-w) base + w tuned; afterwards it is as it was, whatever happens."
     frozen,network,scheduler = _base_network(pipe, base),denoiser_of(pipe),pipe.scheduler
