@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -222,8 +222,9 @@ def _acting(layer:LoraLayer)->list[str]:
 
 def _is_sum(layer:BaseTunerLayer)->bool:
     "Whether a layer is its own matrix plus scale B A x, for each adapter that acts on it."
-    if not isinstance(layer, LoraLayer) or not isinstance(layer.base_layer, (nn.Linear,nn.Conv1d,nn.Conv2d,nn.Conv3d)): return False
+    if not isinstance(layer, LoraLayer) or isinstance(layer, (Embedding,MultiheadAttention,ParamWrapper)): return False
     if layer.merged or layer.disable_adapters: return False
+    if not (layer.lora_variant or any(layer.use_dora.values()) or any(layer.lora_bias.values())): return True
     return not any(name in layer.lora_variant or layer.use_dora.get(name) or layer.lora_bias.get(name) for name in _acting(layer))
 
 def fusable(
