@@ -6,7 +6,8 @@
 __all__ = ['LORA_TARGETS', 'WEIGHT_KEY', 'NOT_LORA', 'lora_layers', 'base_adapters', 'tuned_adapters', 'the_tuned',
            'keep_as_base', 'placed', 'check_adapters', 'check_lora', 'add_lora', 'trainable', 'lora_state', 'base_of',
            'switching', 'fusable', 'RowsReshaped', 'lora_rows', 'recommend', 'recommended', 'unfreeze', 'plain_copy',
-           'remerge', 'new_file_mode', 'usual_modes', 'lora_kind', 'lora_model', 'lora_parts', 'load_lora']
+           'remerge', 'fused_copy', 'new_file_mode', 'usual_modes', 'lora_kind', 'lora_model', 'lora_parts',
+           'load_lora']
 
 # %% ../nbs/11_adapters.ipynb #f62b6d7c
 import copy
@@ -22,9 +23,8 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -64,7 +64,9 @@ def the_tuned(
 )->str:                # Its name
     "The one tuned LoRA, where a file or a configuration can only be of one."
     names = tuned_adapters(network)
-    if len(names)!=1: raise ValueError(f'the network must carry one tuned LoRA; {type(network).__name__} carries {len(names)} ({", ".join(names) or "none"})')
+    if len(names)!=1:
+        raise ValueError(f'the network must carry one tuned LoRA; {type(network).__name__} carries {len(names)} '
+                         f'({", ".join(names) or "none"})')
     return names[0]
 
 def keep_as_base(
@@ -94,11 +96,15 @@ def check_adapters(
     words = {word for place in _places(network) for word in place.split('.')}
     for name,config in _configs(network).items():
         if of is not None and name not in of: continue
-        if kept:=getattr(config, 'modules_to_save', None): raise ValueError(f'a LoRA must leave the base as it is; {name} has modules_to_save={list(kept)!r}')
-        if getattr(config, 'bias', 'none')!='none': raise ValueError(f'a LoRA must leave the base as it is; {name} has bias={config.bias!r}')
+        if kept:=getattr(config, 'modules_to_save', None):
+            raise ValueError(f'a LoRA must leave the base as it is; {name} has modules_to_save={list(kept)!r}')
+        if getattr(config, 'bias', 'none')!='none':
+            raise ValueError(f'a LoRA must leave the base as it is; {name} has bias={config.bias!r}')
         if name in words: raise ValueError(f'the name of a LoRA must not be a part of the names of layers; got {name!r}')
     fused = [l for l in lora_layers(network) if l.merged]
-    if fused: raise ValueError(f'a LoRA must not be fused into the weights, on {len(fused)} layers of {type(network).__name__}; call unfuse_lora(), or unload_lora_weights() to keep it in the base')
+    if fused:
+        raise ValueError(f'a LoRA must not be fused into the weights, on {len(fused)} layers of {type(network).__name__}; call '
+                         f'unfuse_lora(), or unload_lora_weights() to keep it in the base')
 
 # %% ../nbs/11_adapters.ipynb #a90cdaeb
 LORA_TARGETS = ['to_q', 'to_k', 'to_v', 'to_out.0', 'ff.net.0.proj', 'ff.net.2']
@@ -131,7 +137,8 @@ def add_lora(
     _check_free(network, name)
     if not any(n.endswith(tuple(targets)) for n,_ in network.named_modules()):
         raise ValueError(f"targets must name layers of {type(network).__name__}; none ends with any of {targets}")
-    _inject(network, LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets), use_rslora=rslora, use_dora=dora), name, seed)
+    scale = rank if alpha is None else alpha
+    _inject(network, LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), use_rslora=rslora, use_dora=dora), name, seed)
 
 def _check_free(network:nn.Module, name:str)->None:
     if placed(network): raise ValueError("the network already carries a LoRA; load the model again to start from its base")
@@ -139,7 +146,7 @@ def _check_free(network:nn.Module, name:str)->None:
     check_adapters(network)
 
 def _inject(network:nn.Module, config:LoraConfig, name:str, seed:int=0)->None:
-    "A new adapter on top of what is there, which stays on and belongs to the base; PixArt's transformer is the one that diffusers gives no `add_adapter`."
+    "A new adapter on top of what is there, which stays on and belongs to the base; diffusers gives PixArt's transformer no `add_adapter`."
     acting = {l:[] if l.disable_adapters else list(l.active_adapters) for l in lora_layers(network)}
     carried = tuple(_configs(network))
     with torch.random.fork_rng(devices=[]):
@@ -160,7 +167,11 @@ def _activate(network:nn.Module, acting:dict[BaseTunerLayer,list[str]])->None:
 def _parts(layer:BaseTunerLayer, name:str)->dict[str,nn.Parameter]:
     "The tensors of one adapter on one layer: lora_A.weight, lora_B.weight, and what else there is."
     found = {kind:getattr(layer, kind)[name] for kind in layer.adapter_layer_names if name in getattr(layer, kind)}
-    return {f'{kind}.{k}'.rstrip('.'):p for kind,part in found.items() for k,p in (part.named_parameters() if isinstance(part, nn.Module) else [('',part)])}
+    tensors = {}
+    for kind,part in found.items():
+        if isinstance(part, nn.Parameter): tensors[kind] = part
+        else: tensors |= {f'{kind}.{k}':p for k,p in part.named_parameters()}
+    return tensors
 
 def _parameters(network:nn.Module, name:str)->list[nn.Parameter]:
     return [p for l in lora_layers(network) for p in _parts(l, name).values()]
@@ -182,7 +193,6 @@ def lora_state(
     said = {k:v for k,v in config.to_dict().items() if k in always or k!='peft_version' and v!=defaults[k]}
     return get_peft_model_state_dict(network, adapter_name=name), {k:sorted(v) if isinstance(v, set) else v for k,v in said.items()}
 
-
 # %% ../nbs/11_adapters.ipynb #6f068f92
 @contextmanager
 def base_of(
@@ -196,7 +206,7 @@ def base_of(
     layers,of_base = lora_layers(network),base_adapters(network)
     before = [(l._disable_adapters,l._active_adapter) for l in layers]
     for l in layers:
-        stays = [name for name in l.active_adapters if name in of_base]
+        stays = [name for name in l.active_adapters if name in of_base] if of_base else []
         if stays: l._active_adapter = stays
         else: l._disable_adapters = True
     try: yield network
@@ -213,8 +223,11 @@ def switching(
     if names is None:
         yield network
         return
-    chosen,opened = sorted(names),vars(network).setdefault('draft_nb_switching', []) # who is tuned, and what belonged to the base before the first block
-    if opened and opened[0][0]!=chosen: raise ValueError(f'adapter must be the same in all blocks that are open; {", ".join(opened[0][0])} is switched already, got {", ".join(chosen)}')
+    chosen = sorted(names)
+    opened = vars(network).setdefault('draft_nb_switching', []) # who is tuned, and what belonged to the base before the first block
+    if opened and opened[0][0]!=chosen:
+        raise ValueError(f'adapter must be the same in all blocks that are open; {", ".join(opened[0][0])} is switched already, got '
+                         f'{", ".join(chosen)}')
     before = opened[0][1] if opened else base_adapters(network)
     opened.append((chosen,before))
     network.draft_nb_base = tuple(n for n in _configs(network) if n not in chosen)
@@ -230,8 +243,9 @@ def _acting(layer:LoraLayer)->list[str]:
 
 def _is_sum(layer:BaseTunerLayer)->bool:
     "Whether a layer is its own matrix plus scale B A x, for each adapter that acts on it."
-    if not isinstance(layer, LoraLayer) or not isinstance(layer.base_layer, (nn.Linear,nn.Conv1d,nn.Conv2d,nn.Conv3d)): return False
+    if not isinstance(layer, LoraLayer) or isinstance(layer, (Embedding,MultiheadAttention,ParamWrapper)): return False
     if layer.merged or layer.disable_adapters: return False
+    if not (layer.lora_variant or any(layer.use_dora.values()) or any(layer.lora_bias.values())): return True
     return not any(name in layer.lora_variant or layer.use_dora.get(name) or layer.lora_bias.get(name) for name in _acting(layer))
 
 def fusable(
@@ -301,7 +315,10 @@ def unfreeze(
     dtype:torch.dtype|None=None,          # Of the base; bfloat16 halves it
 )->nn.Module:          # The frozen copy that stays behind as the base
     "Make the whole network trainable and keep its base."
-    if lora_layers(network): raise ValueError(f'adapter "full" needs a network without LoRA, since a whole pipeline is saved without it; {type(network).__name__} carries {", ".join(_configs(network))}: call fuse_lora() and unload_lora_weights() to keep it in the base')
+    if lora_layers(network):
+        raise ValueError(f'adapter "full" needs a network without LoRA, since a whole pipeline is saved without it; '
+                         f'{type(network).__name__} carries {", ".join(_configs(network))}: call fuse_lora() and '
+                         f'unload_lora_weights() to keep it in the base')
     frozen = copy.deepcopy(network).requires_grad_(False).eval()
     network.requires_grad_(True)
     return frozen if device is None and dtype is None else _elsewhere(frozen.to(device=device, dtype=dtype))
@@ -328,7 +345,8 @@ def plain_copy(
 )->nn.Module:                    # For `remerge`, which fills it
     "A copy without adapters and without gradient; it takes and returns what the network does."
     layers = lora_layers(network)
-    if layers and not fusable(network): raise ValueError('prefix must be network where a LoRA is not plain (DoRA, LoHa, merged, or switched off), or where none is tuned')
+    if layers and not fusable(network):
+        raise ValueError('prefix must be network where a LoRA is not plain (DoRA, LoHa, merged, or switched off), or where none is tuned')
     if not layers and dtype is None: raise ValueError('prefix must be network or bfloat16 where the whole network learns; merged needs a LoRA')
     own = {id(l.get_base_layer().weight) for l in layers}
     shared = {id(p):p for p in network.parameters() if dtype is None and id(p) not in own}
@@ -349,6 +367,20 @@ def remerge(
     if not layers:
         for p,q in zip(plain.parameters(), network.parameters(), strict=True): p.copy_(q)
     return plain
+
+def fused_copy(
+    network:nn.Module, # With any adapters
+)->nn.Module:          # Without adapters
+    "A copy with every adapter that acts added to the weights; it is saved as a whole network."
+    fused = copy.deepcopy(network)
+    for layer in lora_layers(fused):
+        if not layer.disable_adapters: layer.merge(safe_merge=True)
+    layers = {n:m for n,m in fused.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name,layer in layers.items():
+        if not any(name.startswith(f'{n}.') for n in layers): fused.set_submodule(name, layer.get_base_layer())
+    del fused.peft_config
+    fused._hf_peft_config_loaded = False
+    return fused
 
 def _sum_into(own:torch.Tensor, layer:BaseTunerLayer)->None:
     "W + scale B A, rounded once; in one operation where all is of one dtype."
@@ -385,8 +417,10 @@ def usual_modes(
     for p in new: p.chmod(mode)
 
 # %% ../nbs/11_adapters.ipynb #90f5a018
-NOT_LORA = {'hada_':'LoHa', 'lokr_':'LoKr', 'oft_':'OFT', 'dora_scale':'DoRA', r'\.lora_mid\.':'LoCon with a core tensor', 'lora_embedding_':'LoRA of embeddings',
-            'vera_lambda':'VeRA', 'ia3_|on_input':'IA3', r'\.[ab][12]\.weight$':'GLoRA', r'\.diff(_b)?$':'difference of whole layers', '[wb]_norm$':'difference of norms'} # in a tensor's name -> what it belongs to
+NOT_LORA = { # in a tensor's name -> what it belongs to
+    'hada_':'LoHa', 'lokr_':'LoKr', 'oft_':'OFT', 'dora_scale':'DoRA', r'\.lora_mid\.':'LoCon with a core tensor',
+    r'\.[ab][12]\.weight$':'GLoRA', 'lora_embedding_':'LoRA of embeddings', 'vera_lambda':'VeRA', 'ia3_|on_input':'IA3',
+    r'\.diff(_b)?$':'difference of whole layers', '[wb]_norm$':'difference of norms'}
 
 def lora_kind(
     names:Sequence[str], # Of a file's tensors
@@ -412,7 +446,8 @@ def lora_model(
     "The model that a LoRA file was made for, by its metadata or by blocks that only this model has."
     said = notes.get('modelspec.architecture') or notes.get('ss_base_model_version') or ''
     if said: return 'SDXL' if re.search('xl', said) else said.split('/')[0]
-    blocks = {'SDXL':r'lora_te2_|(input|output)_blocks|middle_block|(down|up|mid)_block.*transformer_blocks[._][1-9]', 'FLUX':'double_blocks|single_transformer_blocks', 'SD3':'joint_blocks'}
+    blocks = {'SDXL':r'lora_te2_|(input|output)_blocks|middle_block|(down|up|mid)_block.*transformer_blocks[._][1-9]',
+              'FLUX':'double_blocks|single_transformer_blocks', 'SD3':'joint_blocks'}
     return next((model for model,pattern in blocks.items() if any(re.search(pattern, n) for n in names)), '')
 
 # %% ../nbs/11_adapters.ipynb #e31ea42a
@@ -423,23 +458,33 @@ def _place(name:str, places:dict[str,nn.Module], flat:dict[str,str], prefix:str)
     for start in ('lora_unet_', f'lora_{prefix}_', f'{prefix}_'):
         if name.startswith(start): return flat.get(name.removeprefix(start))
 
-_TENSOR = re.compile(r'(?P<layer>.+)\.(?:(?P<part>lora_[AB]|lora_magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<what>weight|bias))?|lora_(?P<way>down|up)\.weight|(?P<alpha>alpha))')
+_TENSOR = re.compile(r"""(?P<layer>.+)\.(?:
+    (?P<part>lora_[AB]|lora_magnitude_vector) (?:\.(?!weight$|bias$)[^.]+)? (?:\.(?P<what>weight|bias))? # between them a name, in some files
+    | lora_(?P<way>down|up)\.weight
+    | (?P<alpha>alpha))""", re.VERBOSE)
+
+def _part(read:re.Match)->str:
+    "What a tensor is to its layer, in peft's words."
+    if read['alpha']: return 'alpha'
+    if read['way']: return 'lora_A.weight' if read['way']=='down' else 'lora_B.weight'
+    return f'{read["part"]}.{read["what"] or "weight"}'
 
 def lora_parts(
     tensors:dict[str,torch.Tensor], # As a file names them
     network:nn.Module,
     prefix:str,                     # Name of the network in a pipeline: "unet" or "transformer"
-)->tuple[dict[str,dict[str,torch.Tensor]],list[str]]: # For each layer lora_A.weight, lora_B.weight, alpha, …; and the names without a place
+    modern:Callable[[dict],dict]=dict, # Older names of diffusers -> those of peft; by default as they are
+)->tuple[dict[str,dict[str,torch.Tensor]],list[str]]: # For each layer lora_A.weight, lora_B.weight, alpha; names without a place
     "A file's tensors, layer by layer."
     places = _places(network)
     flat,parts,unknown = {n.replace('.', '_'):n for n in places},{},[]
     for name,tensor in tensors.items():
-        read = _TENSOR.fullmatch(next(iter(convert_unet_state_dict_to_peft({name:tensor}))))
+        read = _TENSOR.fullmatch(next(iter(modern({name:tensor}))))
         layer = read and _place(read['layer'], places, flat, prefix)
         if layer is None:
             unknown.append(name)
             continue
-        part = 'alpha' if read['alpha'] else f'lora_{dict(down="A", up="B")[read["way"]]}.weight' if read['way'] else f'{read["part"]}.{read["what"] or "weight"}'
+        part = _part(read)
         if part in parts.setdefault(layer, {}): unknown.append(name) # two names for one place
         else: parts[layer][part] = tensor
     return parts,unknown
@@ -463,7 +508,8 @@ def _checked_config(said:dict)->LoraConfig:
     for name in ('modules_to_save','target_parameters','trainable_token_indices'):
         if said.get(name): raise ValueError(f'it must leave the base as it is; it has {name}={said[name]!r}')
     start = said.get('init_lora_weights', True)
-    if not (isinstance(start, bool) or start in ('gaussian','eva','orthogonal')): raise ValueError(f'it must leave the base as it is; init_lora_weights={start!r} changes its matrices')
+    if not (isinstance(start, bool) or start in ('gaussian','eva','orthogonal')):
+        raise ValueError(f'it must leave the base as it is; init_lora_weights={start!r} changes its matrices')
     return LoraConfig(**{k:v for k,v in said.items() if k in known})
 
 def _made_config(parts:dict[str,dict[str,torch.Tensor]], network:nn.Module)->LoraConfig:
@@ -474,9 +520,11 @@ def _made_config(parts:dict[str,dict[str,torch.Tensor]], network:nn.Module)->Lor
     ends = tuple(f'.{n}' for n in parts)
     also = [n for n in _places(network) if n not in parts and n.endswith(ends)] # peft reads a list as ends of names
     targets = sorted(parts) if not also else '|'.join(map(re.escape, sorted(parts)))
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, rank_pattern={f'^{n}':r for n,r in ranks.items() if r!=rank},
-                      alpha_pattern={f'^{n}':a for n,a in alphas.items() if a!=alpha}, use_dora=any('lora_magnitude_vector.weight' in p for p in parts.values()),
-                      lora_bias=any('lora_B.bias' in p for p in parts.values()))
+    kinds = {part for p in parts.values() for part in p}
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets,
+                      use_dora='lora_magnitude_vector.weight' in kinds, lora_bias='lora_B.bias' in kinds,
+                      rank_pattern={f'^{n}':r for n,r in ranks.items() if r!=rank},
+                      alpha_pattern={f'^{n}':a for n,a in alphas.items() if a!=alpha})
 
 # %% ../nbs/11_adapters.ipynb #ccfdfb1c
 def load_lora(
@@ -484,6 +532,7 @@ def load_lora(
     file:str|Path,      # A safetensors file of kohya, diffusers or peft
     prefix:str,         # Of the names that belong to this network: "unet" or "transformer"
     *, name:str='default', # Name of the adapter
+    modern:Callable[[dict],dict]=dict, # Tensors under older names of diffusers -> under those of peft; by default as they are
     published:Callable[[dict],dict]|None=None, # Tensors under the names of the published network -> under those of diffusers
 )->None:
     "Put a trained LoRA on a network: all of it, with the scale of every layer, or a ValueError."
@@ -491,14 +540,17 @@ def load_lora(
     tensors = load_file(file)
     with safe_open(file, 'pt') as f: notes = f.metadata() or {}
     kind = lora_kind(tensors, notes)
-    def refuse(rule, bad, of=tensors, word='tensors'): raise ValueError(f'adapter must {rule}; {file} ({kind}): {len(bad)} of {len(of)} {word}, first {bad[0]}')
+    def refuse(rule, bad, of=tensors, word='tensors'): raise ValueError(f'adapter must {rule}; {file} ({kind}): {len(bad)} of '
+                                                                        f'{len(of)} {word}, first {bad[0]}')
     if not tensors: raise ValueError(f'adapter must hold a LoRA; {file} holds no tensors')
     _check_tensors(tensors, refuse)
-    parts,unknown = lora_parts(tensors, network, prefix)
+    parts,unknown = lora_parts(tensors, network, prefix, modern)
     if unknown and published is not None:
         try: renamed = published(tensors)
-        except Exception as e: raise ValueError(f'adapter must fit {type(network).__name__}; {file} ({kind}): {len(unknown)} of {len(tensors)} tensors have no place in it, first {unknown[0]}') from e
-        parts,left = lora_parts(renamed, network, prefix)
+        except Exception as e:
+            raise ValueError(f'adapter must fit {type(network).__name__}; {file} ({kind}): {len(unknown)} of {len(tensors)} tensors '
+                             f'have no place in it, first {unknown[0]}') from e
+        parts,left = lora_parts(renamed, network, prefix, modern)
         homeless = {id(renamed[n]) for n in left}
         unknown = [n for n,v in tensors.items() if id(v) in homeless] or left
     if unknown: refuse(f'fit {type(network).__name__}, which has no place for some', unknown)
@@ -508,7 +560,9 @@ def load_lora(
         try:
             said = _own_config(file, notes, prefix, kind.startswith('peft'))
             _inject(network, _checked_config(said) if said else _made_config(parts, network), name)
-        except (ValueError, TypeError) as e: raise ValueError(f'adapter must fit {type(network).__name__}; {file} ({kind}, {len(tensors)} tensors, first {next(iter(tensors))}): {e}') from e
+        except (ValueError, TypeError) as e:
+            raise ValueError(f'adapter must fit {type(network).__name__}; {file} ({kind}, {len(tensors)} tensors, first '
+                             f'{next(iter(tensors))}): {e}') from e
         _fill(network, name, parts, refuse)
 
 def _check_tensors(tensors:dict[str,torch.Tensor], refuse:Callable)->None:
@@ -528,7 +582,8 @@ def _check_layers(parts:dict[str,dict[str,torch.Tensor]], refuse:Callable)->None
         bad = [n for n,p in parts.items() if part not in p]
         if bad: refuse(f'be whole, with {part} (kohya: lora_{way}.weight) for every layer', bad, parts, 'layers lack it')
     def ranks(p): return p['lora_A.weight'].shape[:1],p['lora_B.weight'].shape[1:2]
-    bad = [f'{n}: {[tuple(v.shape) for v in p.values() if v.ndim>1]}' for n,p in parts.items() if ranks(p)[0]!=ranks(p)[1] or 0 in ranks(p)[1]]
+    uneven = [n for n,p in parts.items() if ranks(p)[0]!=ranks(p)[1] or 0 in ranks(p)[1]]
+    bad = [f'{n}: {[tuple(v.shape) for v in parts[n].values() if v.ndim>1]}' for n in uneven]
     if bad: refuse('have matrices A and B of one rank', bad, parts, 'layers')
 
 def _fill(network:nn.Module, name:str, parts:dict[str,dict[str,torch.Tensor]], refuse:Callable)->None:
@@ -543,7 +598,8 @@ def _fill(network:nn.Module, name:str, parts:dict[str,dict[str,torch.Tensor]], r
     bad = [f'{n} {tuple(v.shape)}, not {tuple(wanted[n].shape)}' for n,v in given.items() if v.shape!=wanted[n].shape]
     if bad: refuse(f'fit {type(network).__name__}, whose layers have other sizes', bad)
     scales = {n:float(part['alpha'])/len(part['lora_A.weight']) for n,part in parts.items() if 'alpha' in part}
-    bad = [f'{n}: {layers[n].scaling[name]:g}, not {scale:g}' for n,scale in scales.items() if abs(layers[n].scaling[name]-scale)>1e-6*abs(scale)]
+    other = [n for n,scale in scales.items() if abs(layers[n].scaling[name]-scale)>1e-6*abs(scale)]
+    bad = [f'{n}: {layers[n].scaling[name]:g}, not {scales[n]:g}' for n in other]
     if bad: refuse('say one thing of its scale, in alpha and in its configuration', bad, scales, 'layers')
     for n,p in wanted.items(): p.data = given[n].to(p.device, torch.float32)
 

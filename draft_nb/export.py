@@ -7,7 +7,6 @@ __all__ = ['FORMATS', 'CARD', 'STAYS', 'original_block', 'kohya_state', 'archite
            'check_repo', 'check_hub', 'push_to_hub']
 
 # %% ../nbs/31_export.ipynb #bb7f0cc4
-import copy
 import hashlib
 import re
 from datetime import datetime, timezone
@@ -20,12 +19,11 @@ from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn, tensor
 
-from .adapters import WEIGHT_KEY, lora_layers, the_tuned, tuned_adapters, usual_modes
+from .adapters import WEIGHT_KEY, fused_copy, lora_layers, the_tuned, tuned_adapters, usual_modes
 from .models import Model, load
 from .train import Run, about_run, write_aside
 
@@ -144,7 +142,8 @@ def export_lora(
     if path.is_file()!=(path.suffix=='.safetensors') and path.exists(): raise ValueError(f'path must be a folder or a .safetensors file; got {path}')
     model,about,kept = trained(source, device)
     for name,part in model.pipe.components.items():
-        if part is not model.network and isinstance(part, nn.Module) and tuned_adapters(part): raise ValueError(f'the LoRA must be on the {model.component} alone; there is one on the {name}, which would be lost')
+        if part is not model.network and isinstance(part, nn.Module) and tuned_adapters(part):
+            raise ValueError(f'the LoRA must be on the {model.component} alone; there is one on the {name}, which would be lost')
     whole = not tuned_adapters(model.network)
     if whole and format=='kohya': raise ValueError(f'format kohya holds a LoRA; {model.name} has none: use merged')
     if whole and isinstance(source, Model) and model.frozen is None: raise ValueError(f'{model.name} carries no adapter: there is nothing to export')
@@ -186,23 +185,11 @@ def _save_merged(model:Model, folder:Path)->Path:
     if folder.suffix=='.safetensors': raise ValueError(f'a whole pipeline is written to a folder; got the file {folder}')
     carry = {n:p for n,p in model.pipe.components.items() if isinstance(p, nn.Module) and lora_layers(p)}
     try:
-        for name,part in carry.items(): setattr(model.pipe, name, _fused(part))
+        for name,part in carry.items(): setattr(model.pipe, name, fused_copy(part))
         with usual_modes(folder): model.pipe.save_pretrained(folder)
     finally:
         for name,part in carry.items(): setattr(model.pipe, name, part)
     return folder
-
-def _fused(network:nn.Module)->nn.Module:
-    "A copy with every LoRA that acts added to the weights, and without adapters."
-    fused = copy.deepcopy(network)
-    for layer in lora_layers(fused):
-        if not layer.disable_adapters: layer.merge(safe_merge=True)
-    layers = {n:m for n,m in fused.named_modules() if isinstance(m, BaseTunerLayer)}
-    for name,layer in layers.items():
-        if not any(name.startswith(f'{n}.') for n in layers): fused.set_submodule(name, layer.get_base_layer())
-    del fused.peft_config
-    fused._hf_peft_config_loaded = False
-    return fused
 
 # %% ../nbs/31_export.ipynb #e72a2a5f
 STAYS = ['checkpoints/*', '*/checkpoints/*', '*.part', '*events.out.tfevents*', '.*', '*/.*'] # Patterns of what is not uploaded

@@ -770,7 +770,8 @@ def attach(
     if not placed(model.network):
         for part in parts.values(): keep_as_base(part)
     name = _free_name(parts)
-    if adapter=='lora': add_lora(model.network, rank, alpha, targets=model.lora_targets if targets is None else targets, rslora=rslora, dora=dora, seed=seed, name=name)
+    if adapter=='lora':
+        add_lora(model.network, rank, alpha, targets=model.lora_targets if targets is None else targets, rslora=rslora, dora=dora, seed=seed, name=name)
     elif adapter=='full': model.frozen = unfreeze(model.network, device=base_device and check_device(base_device), dtype=base_dtype)
     elif adapter is not None: _load_lora(model, Path(adapter), name)
     if model.training.get('prefix')=='merged' and not fusable(model.network): model.training = {**model.training, 'prefix':'network'}
@@ -780,9 +781,12 @@ def _check_carried(pipe:DiffusionPipeline, adapter:str|Path|None)->dict[str,nn.M
     "The networks of a pipeline that carry a LoRA already; it belongs to the base, or is refused."
     parts = {n:p for n,p in pipe.components.items() if isinstance(p, nn.Module) and lora_layers(p)}
     for name,part in parts.items():
-        if adapter is not None and placed(part): raise ValueError('the network already carries a LoRA; load the model again to start from its base')
+        if adapter is not None and placed(part):
+            raise ValueError('the network already carries a LoRA; load the model again to start from its base')
         check_adapters(part)
-        if adapter=='full': raise ValueError(f'adapter "full" needs a pipeline without LoRA, since what it saves holds none; the {name} carries {", ".join(part.peft_config)}: call fuse_lora() and unload_lora_weights() to keep it in the base')
+        if adapter=='full':
+            raise ValueError(f'adapter "full" needs a pipeline without LoRA, since what it saves holds none; the {name} carries '
+                             f'{", ".join(part.peft_config)}: call fuse_lora() and unload_lora_weights() to keep it in the base')
     return parts
 
 def _free_name(parts:dict[str,nn.Module])->str:
@@ -792,14 +796,16 @@ def _free_name(parts:dict[str,nn.Module])->str:
 
 # %% ../nbs/12_models.ipynb #18f65a9e
 def _published(model:Model, tensors:dict[str,Tensor])->dict[str,Tensor]:
-    "Tensors under the names of the published network, under those of diffusers; alpha goes along where the loader leaves the matrices as they are."
+    "From the names of the published network to those of diffusers; alpha goes along where the loader leaves the matrices as they are."
     settings = {'unet_config':model.network.config} if model.component=='unet' else {}
     state = model.pipe.lora_state_dict(dict(tensors), **settings)
     state = convert_unet_state_dict_to_peft(state[0] if isinstance(state, tuple) else state)
-    alphas = {id(v):tensors[f'{k.rpartition(".lora_down")[0]}.alpha'] for k,v in tensors.items() if f'{k.rpartition(".lora_down")[0]}.alpha' in tensors}
+    alpha_of = {k:f'{k.rpartition(".lora_down")[0]}.alpha' for k in tensors}
+    alphas = {id(v):tensors[alpha_of[k]] for k,v in tensors.items() if alpha_of[k] in tensors}
     return {**state, **{f'{k.rpartition(".lora_A")[0]}.alpha':alphas[id(v)] for k,v in state.items() if id(v) in alphas}}
 
-TEXT_ENCODER = 'lora_te','text_encoder','text_model','base_model.model.text_model','te_','te1_','te2_','clip_' # beginnings of names in LoRA files
+# beginnings of names in LoRA files
+TEXT_ENCODER = 'lora_te','text_encoder','text_model','base_model.model.text_model','te_','te1_','te2_','clip_'
 
 def _load_lora(model:Model, path:Path, name:str)->None:
     "Load a trained LoRA from its file or folder; it goes on learning if it is trained."
@@ -810,6 +816,8 @@ def _load_lora(model:Model, path:Path, name:str)->None:
         with safe_open(file, 'pt') as f: names,notes = list(f.keys()),f.metadata() or {}
     except Exception as e: raise ValueError(f'adapter must be a safetensors file; {file}: {str(e).splitlines()[0]}') from e
     if also:=[n for n in names if n.startswith(TEXT_ENCODER)]:
-        raise ValueError(f'adapter must be for the denoiser alone, so that weight 0 is the base; {file} ({lora_kind(names, notes)}) tunes a text encoder too: {len(also)} of {len(names)} tensors, first {also[0]}')
-    load_lora(model.network, file, model.component, name=name, published=partial(_published, model) if 'lora_state_dict' in dir(model.pipe) else None)
+        raise ValueError(f'adapter must be for the denoiser alone, so that weight 0 is the base; {file} ({lora_kind(names, notes)}) '
+                         f'tunes a text encoder too: {len(also)} of {len(names)} tensors, first {also[0]}')
+    load_lora(model.network, file, model.component, name=name, modern=convert_unet_state_dict_to_peft,
+              published=partial(_published, model) if 'lora_state_dict' in dir(model.pipe) else None)
     if WEIGHT_KEY in notes: recommend(model.network, notes[WEIGHT_KEY])

@@ -319,7 +319,8 @@ def _base_network(pipe:DiffusionPipeline, base, name:str)->nn.Module|None:
     "The base of one denoiser, checked against the tuned one."
     tuned = denoisers_of(pipe)[name]
     if base is None:
-        if not tuned_adapters(tuned) and not lora_layers(tuned): raise ValueError(f'pipe must carry a LoRA, or base be given; the {type(tuned).__name__} of {type(pipe).__name__} carries none')
+        if not tuned_adapters(tuned) and not lora_layers(tuned):
+            raise ValueError(f'pipe must carry a LoRA, or base be given; the {type(tuned).__name__} of {type(pipe).__name__} carries none')
         return None
     if isinstance(base, DiffusionPipeline):
         kinds = [p.scheduler.config.get('prediction_type', 'flow') for p in (base, pipe)]
@@ -331,6 +332,7 @@ def _base_network(pipe:DiffusionPipeline, base, name:str)->nn.Module|None:
     if type(unwrap_module(base)) is not type(unwrap_module(tuned)):
         raise ValueError(f'base must be a {_kind(tuned)} as in the pipe; got {_kind(base)}')
     return base
+
 
 # %% ../nbs/13_pipelines.ipynb #31d8c7fa
 def _bases(

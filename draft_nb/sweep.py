@@ -320,7 +320,8 @@ def _eyes(features, rewards:list[Reward], device)->tuple[Callable,str]:
 def _check_model(model, points:list[tuple], steps:int|None)->None:
     "Refuse weights that the model cannot be drawn with."
     if not model.has_base: raise ValueError(f'model must carry an adapter, so that there is a base to compare with; {model.name} carries none')
-    if any(s!=1 for *_,s in points) and not tuned_adapters(model.network): raise ValueError(f'scales need a LoRA; {model.name} carries none')
+    if any(s!=1 for *_,s in points) and not tuned_adapters(model.network):
+        raise ValueError(f'scales need a LoRA; {model.name} carries none')
     n = steps or model.steps
     T = count_steps(model.scheduler, n, **model.timesteps_kwargs(model.latents(1, generator=torch.Generator()), n))
     for _,w,_ in points: weights_at(w, T, lambda i: (i/T, 1-i/T)) # a table of another length is refused
