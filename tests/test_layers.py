@@ -33,7 +33,7 @@ TABLE = {
     "toy":         Row( 2, "", "torch"),
     "values":      Row( 4, "", ""),
     "sampler":     Row(10, "", LIGHT),
-    "adapters":    Row(11, "", f"{LIGHT} peft diffusers"),
+    "adapters":    Row(11, "", f"{LIGHT} peft"),
     "models":      Row(12, "adapters", f"{LIGHT} diffusers transformers huggingface_hub"),
     "pipelines":   Row(13, "adapters sampler", "torch diffusers"),
     "estimators":  Row(14, "", "torch"),
