@@ -300,7 +300,8 @@ def train(
     check_device(flags.device)
     with said_of('base_device', known, device='base_device'): check_device(flags.base_device)
     with said_of('reward', known): check_reward(flags.reward)
-    if flags.rank is not None and flags.adapter!='lora': raise ValueError(f"rank needs adapter 'lora', a new one; got {flags.rank} with {flags.adapter!r}")
+    if flags.rank is not None and flags.adapter!='lora' and not flags.config: # a run's own configuration tells the rank of any adapter
+        raise ValueError(f"rank needs adapter 'lora', a new one; got {flags.rank} with {flags.adapter!r}")
     if flags.targets is not None and not listed(flags.targets): raise ValueError(f'targets must name at least one layer; got {flags.targets!r}')
     if not flags.prompts and not tiny: raise ValueError(f'prompts must be given for {flags.model}: a file, for example one prompt a line')
     if flags.prompt_column and not flags.prompts: raise ValueError(f'prompt_column needs --prompts, a table; got {flags.prompt_column!r} alone')

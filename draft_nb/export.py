@@ -101,7 +101,7 @@ def file_metadata(
     shown = {}
     if format=='kohya':
         config = model.network.peft_config[the_tuned(model.network)]
-        shown = dict(network_module='networks.lora', network_dim=config.r, network_alpha=config.lora_alpha, sd_model_name=model.name, v2='-v2-' in spec['architecture'],
+        shown = dict(network_module='networks.lora', network_dim=config.r, network_alpha=f'{config.lora_alpha:g}', sd_model_name=model.name, v2='-v2-' in spec['architecture'],
                      base_model_version='sdxl_base_v1-0' if kind=='sdxl' else 'sd_v2' if '-v2-' in spec['architecture'] else 'sd_v1',
                      learning_rate=about.get('learning_rate'), max_train_steps=about.get('max_steps'), seed=about.get('seed'))
     parts = {'modelspec.':spec, 'draft_nb.':made, 'ss_':shown}

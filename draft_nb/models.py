@@ -631,7 +631,8 @@ def _lacking(place, network:nn.Module, names:list[str])->str:
 # %% ../nbs/12_models.ipynb #9220ff80
 def _skeleton(folder:Path, library:str, kind:str)->nn.Module|None:
     "A component as its settings describe it, without numbers; None for what is no network, or of no library that is known here."
-    cls = getattr({'diffusers':diffusers, 'transformers':transformers}[library], kind) if library in ('diffusers','transformers') else None
+    libraries = {'diffusers':diffusers, 'transformers':transformers}
+    cls = getattr(libraries[library], kind, None) if library in libraries else None
     if cls is None or not isinstance(cls, type) or not issubclass(cls, nn.Module): return None
     with torch.device('meta'): return cls.from_config(cls.load_config(folder)) if library=='diffusers' else cls(cls.config_class.from_pretrained(folder))
 
@@ -642,6 +643,7 @@ def _named(key:str, own)->str|None:
 def _misfit(folder:Path)->str|None:
     "The first component of a pipeline whose file has tensors of another shape, in words."
     parts = json.loads((folder/'model_index.json').read_text())
+    if not isinstance(parts, dict): return f'model must be a pipeline; {folder/"model_index.json"} holds no names and values'
     for name,made in parts.items():
         network = _skeleton(folder/name, *made) if isinstance(made, list) and (folder/name).is_dir() else None
         if network is None: continue
@@ -694,7 +696,9 @@ def _single_file(file:str, config:str|Path|None, dtype:torch.dtype)->DiffusionPi
     check_family(kind)
     try: pipe = getattr(diffusers, kind).from_single_file(file, config=config, dtype=dtype)
     except Exception as e:
-        why = _single_file_misfit(file, config) or f'{file}: {str(e).splitlines()[0]}'
+        try: why = _single_file_misfit(file, config)
+        except OSError: why = None # not even its names can be read
+        why = why or f'{file}: {str(e).splitlines()[0]}'
         raise ValueError(f'model must be a whole {kind} that fits the settings in {config}; {why}') from e
     _check_single_file(pipe, file)
     return pipe

@@ -137,10 +137,9 @@ _rules = [
     *[(n, 'in [0,1)', lambda v: 0<=v<1) for n in ('adam_beta1','adam_beta2','ema_decay')],
     ('eta', 'in [0,1]', lambda v: 0<=v<=1), ('diversity_floor', 'in [0,1]', lambda v: 0<=v<=1), ('stop_within', 'in (0,1]', lambda v: 0<v<=1), ('estimator', *_one_of(*estimators)),
     ('lr_scheduler', *_one_of(*(s.value for s in SchedulerType if s!=SchedulerType.PIECEWISE_CONSTANT))), # that one needs rules of its own
-    ('log_with', *_one_of('none','all',*(t.value for t in LoggerType if t!=LoggerType.ALL))), ('seed', 'in 0..4294967295', lambda v: 0<=v<2**32),
     ('kl_reduction', *_one_of('sum','mean')), ('kl_on', *_one_of('guided','conditional')),
     ('guidance_interval', 'two numbers, 0 <= low < high <= 1', lambda v: 0<=v[0]<v[1]<=1), ('prefix', *_one_of('network','merged','bfloat16')), ('optimizer', *_one_of('adamw','adamw8bit')), ('mixed_precision', *_one_of('no','bf16','fp16')),
-    ('lr_scheduler', *_one_of(*_schedules)), ('log_with', *_one_of(*_trackers)),
+    ('lr_scheduler', *_one_of(*_schedules)), ('log_with', *_one_of(*_trackers)), ('features', 'a text', lambda v: v!=''),
     ('output_dir', 'the path of a folder', lambda v: v!='' and '\0' not in v), ('seed', f'in 0..{2**32-1}', lambda v: 0<=v<2**32),
     *[(n, *_at_most(2**31-1)) for n in (*_counts,'lr_warmup_steps')],
     *[(n, *_at_most(LARGEST)) for n in _amounts],
@@ -296,7 +295,8 @@ def _eyes(features, judge, reward, device)->Callable[[Tensor],Tensor]:
     "What sees the diversity, loaded."
     if callable(features): return features
     name = features_name(features, judge, reward)
-    return load_features(name, device) if name else next(r.features for r in (judge, reward) if r is not None and r.features is not None)
+    if not name: return next(r.features for r in (judge, reward) if r is not None and r.features is not None)
+    with torch.random.fork_rng(devices=[]): return load_features(name, device) # a new network draws its first weights
 
 @torch.no_grad()
 def evaluate(

@@ -7,6 +7,7 @@ import resource
 import shlex
 import shutil
 import signal
+import stat
 import socket
 import subprocess
 import sys
@@ -386,8 +387,9 @@ CASES += [(f"{c} --run runs/{r}", r.partition("_")[0]) for c in ("sweep", "expor
 
 
 def state(folder):
-    "Every name with its size and time, links not followed."
-    return {str(p.relative_to(folder)): (p.lstat().st_mode, p.lstat().st_mtime_ns, p.lstat().st_size) for p in folder.rglob("*")}
+    "Every name with its mode, and of files size and time, links not followed."
+    found = {str(p.relative_to(folder)): p.lstat() for p in folder.rglob("*")}
+    return {k: (s.st_mode,) if stat.S_ISDIR(s.st_mode) else (s.st_mode, s.st_mtime_ns, s.st_size) for k, s in found.items()}
 
 
 @pytest.mark.parametrize("words, said", CASES, ids=lambda v: v[:70].encode("ascii", "backslashreplace").decode())
@@ -498,9 +500,12 @@ def test_an_interrupt_that_a_library_turned_into_something_else(monkeypatch, cap
             raise ImportError("initialization failed") from None
 
     monkeypatch.setitem(COMMANDS, "app", replace(COMMANDS["app"], work=work))
-    handler = signal.getsignal(signal.SIGINT)
-    assert main(["app"]) == 130 and capfd.readouterr().err == "draft-nb app: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["app"]) == 130 and capfd.readouterr().err == "draft-nb app: interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_folder_is_tried_without_a_trace(tmp_path):
@@ -587,7 +592,9 @@ def test_nobody_reads(shell, status):
 def test_ctrl_c_in_the_first_moments(seconds, tmp_path):
     "From the moment that this package's code runs; before it, Python itself answers."
     code = "import sys; print('on', flush=True); from draft_nb.cli import main; sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", code, "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    def heard():  # a shell that starts this test in the background has the signal ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([sys.executable, "-c", code, "train"], preexec_fn=heard, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout.readline() == "on\n"
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

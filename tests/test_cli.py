@@ -181,7 +181,8 @@ def test_a_run_that_comes_to_nothing_is_one_line_and_no_success(tmp_path, monkey
     monkeypatch.setattr(rewards, "load_reward", broken)
     assert main(["train", *TINY, "--judge", "no", "--output_dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr()
-    assert "reward must be finite; broken gives nan for the base's pictures" in said.err.strip().splitlines()[-1] and not said.out
+    assert "reward must be finite; broken gives nan for the base's pictures" in said.err.strip().splitlines()[-1]
+    assert [line for line in said.out.splitlines() if not line.startswith("prompts: ")] == []
 
 
 def test_the_report_counts_what_was_skipped(tmp_path, capsys):

@@ -42,7 +42,7 @@ TABLE = {
     "prompts":     Row(22, "", ""),
     "preferences": Row(23, "rewards prompts", f"{LIGHT} open_clip"),
     "train":       Row(30, "", f"{LIGHT} accelerate pandas diffusers filelock pydantic", never="models rewards"),
-    "export":      Row(31, "train", f"{LIGHT} diffusers huggingface_hub"),
+    "export":      Row(31, "train", f"{LIGHT} diffusers huggingface_hub peft"),
     "sweep":       Row(32, "train", f"{LIGHT} pandas"),
     "plots":       Row(40, "", f"{LIGHT} pandas matplotlib"),
     "demo":        Row(41, "plots", ANY),

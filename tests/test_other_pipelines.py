@@ -764,7 +764,7 @@ def test_a_fused_lora_is_refused_and_stays_fused():
     best = run()
     pipe.transformer_2.fuse_lora()
     fused = run()
-    with pytest.raises(ValueError, match=r"the LoRA of pipe\.transformer_2 must not be fused; call unfuse_lora"), annealed(pipe, "linear"):
+    with pytest.raises(ValueError, match=r"LoRA .*must not be fused.*; call unfuse_lora"), annealed(pipe, "linear"):
         pass
     assert all(layer.merged for layer in lora_layers(pipe.transformer_2)) and torch.equal(run(), fused)
     with annealed(

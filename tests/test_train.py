@@ -339,7 +339,7 @@ COUNTS = ["max_steps", "batch_size", "gradient_accumulation_steps", "num_inferen
           "keep_checkpoints", "sample_every", "sample_seeds", "patience", "lr_warmup_steps", "seed"]
 AMOUNTS = ["guidance_scale", "eta", "stop_within", "kl_coeff", "target_kl", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "ema_decay",
            "diversity_floor", "drift"]
-WORDS = ["output_dir", "estimator", "kl_reduction", "kl_on", "lr_scheduler", "optimizer", "mixed_precision", "prefix", "log_with"]
+WORDS = ["output_dir", "estimator", "kl_reduction", "kl_on", "lr_scheduler", "optimizer", "mixed_precision", "prefix", "log_with", "features"]
 SWITCHES = ["gradient_checkpointing", "decoder_checkpointing", "vae_slicing", "offload_text_encoders", "sharded", "resume"]
 
 
