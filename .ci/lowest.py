@@ -11,7 +11,7 @@ torch is a download of gigabytes. The floor of torch in settings.ini is therefor
 
 Last run: 2026-11-26 on Python 3.11.7, passed, with torch 2.13.0+cpu, torchvision 0.28.0, diffusers 0.42.0,
 transformers 5.6.0, peft 0.18.0, accelerate 1.10.0, open_clip_torch 3.3.0, safetensors 0.8.0, huggingface_hub 1.32.0,
-gradio 6.0.0, numpy 1.26.0, pandas 2.1.0, pillow 10.0.0, matplotlib 3.8.0, pyyaml 6.0.1, tqdm 4.60.0, tyro 1.0.0.
+filelock 3.16.0, gradio 6.0.0, pydantic 2.11.10, numpy 1.26.0, pandas 2.1.0, pillow 10.0.0, matplotlib 3.8.0, pyyaml 6.0.1, tqdm 4.60.0, tyro 1.0.0.
 One step below, seen to fail: transformers 5.5.4 (random text encoder), open_clip_torch 3.2.0, peft 0.17.0.
 """
 import argparse
